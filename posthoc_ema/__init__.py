@@ -1,0 +1,1 @@
+"""posthoc_ema: choose the EMA length after training."""
