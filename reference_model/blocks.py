@@ -1,0 +1,214 @@
+"""Building blocks of config G: embedding, attention, encoder and decoder blocks, output.
+
+Submodules are created in the order in which the checkpoint layout lists their parameters
+(embedding gain, conv0, embedding linear, conv1, skip, qkv, projection), which is also the
+order of `parameters()`. Source throughout: Karras et al. 2024, arXiv:2312.02696, Table 1 and
+App. B.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference_model.mp_layers import Gain, MPConv, MPFourier, mp_silu, mp_sum, normalize
+
+if TYPE_CHECKING:
+    from reference_model.configs import NetworkConfig
+
+
+class MPEmbedding(nn.Module):
+    """Noise level and class, mixed into one vector that conditions every block.
+
+    Args:
+        config: Widths, label dimension and `label_balance`.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.label_dim = config.label_dim
+        self.label_balance = config.label_balance
+        self.fourier = MPFourier(config.noise_channels)
+        self.noise = MPConv(config.noise_channels, config.emb_channels, kernel=())
+        # An unconditional network has no class branch at all, so nothing to sum.
+        self.label = (
+            MPConv(config.label_dim, config.emb_channels, kernel=()) if config.label_dim else None
+        )
+
+    def forward(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Map `[B]` and `[B, label_dim]` (`None`: no class, all zeros) to `[B, emb]`."""
+        emb = self.noise(self.fourier(c_noise))
+        if self.label is not None:
+            if class_labels is None:
+                class_labels = emb.new_zeros(1, self.label_dim)
+            # √label_dim gives a one-hot vector unit mean square.
+            labels = class_labels.to(emb.dtype) * math.sqrt(self.label_dim)
+            emb = mp_sum(emb, self.label(labels), t=self.label_balance)
+        return mp_silu(emb)
+
+
+class MPResidual(nn.Module):
+    """Residual branch: two convolutions, the first modulated by the embedding.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the result.
+        config: Embedding width and dropout.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig) -> None:
+        super().__init__()
+        self.emb_gain = Gain()
+        self.conv0 = MPConv(in_channels, out_channels, kernel=(3, 3))
+        self.emb_linear = MPConv(config.emb_channels, out_channels, kernel=())
+        self.conv1 = MPConv(out_channels, out_channels, kernel=(3, 3))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H, W]`."""
+        scale = 1 + self.emb_gain(self.emb_linear(emb))  # (B, out)
+        y = self.conv0(mp_silu(x)) * scale[:, :, None, None].to(x.dtype)
+        return self.conv1(self.dropout(mp_silu(y)))
+
+
+class MPAttention(nn.Module):
+    """Cosine self-attention over all pixels, added to its input.
+
+    Queries, keys and values are pixel-normalised for each head, so that every logit lies
+    within ±√(channels per head) and no sharpening can run away.
+
+    Args:
+        channels: Channels of input and result.
+        config: `channels_per_head` and `attn_balance`.
+    """
+
+    def __init__(self, channels: int, config: NetworkConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads(channels)
+        self.balance = config.attn_balance
+        self.qkv = MPConv(channels, 3 * channels, kernel=(1, 1))
+        self.proj = MPConv(channels, channels, kernel=(1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, H, W]` to the same shape."""
+        batch, channels, height, width = x.shape
+        # Channel layout of qkv, slowest first: head, channel of the head, query/key/value.
+        y = self.qkv(x).reshape(batch, self.heads, channels // self.heads, 3, height * width)
+        q, k, v = normalize(y, dim=2).transpose(2, 4).unbind(3)  # (B, heads, HW, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v)  # logits divided by √(C / heads)
+        y = y.transpose(2, 3).reshape(x.shape)
+        return mp_sum(x, self.proj(y), t=self.balance)
+
+
+class MPEncoderBlock(nn.Module):
+    """Encoder block: resample, change width, normalise pixels, then residual and attention.
+
+    The pixel norm on the main path is what stops magnitudes from drifting from block to
+    block: mean-pooling alone halves them.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the result.
+        config: Everything else.
+        attention: Whether self-attention follows the residual branch.
+        down: Whether the block first halves the resolution by 2×2 means.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: NetworkConfig,
+        *,
+        attention: bool,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        self.res_balance = config.res_balance
+        self.clip_act = config.clip_act
+        self.down = down
+        self.residual = MPResidual(out_channels, out_channels, config)
+        self.skip = _skip(in_channels, out_channels)
+        self.attention = MPAttention(out_channels, config) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or H/2, W or W/2]`."""
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        x = normalize(self.skip(x), dim=1)
+        x = mp_sum(x, self.residual(x, emb), t=self.res_balance)
+        return _clip(self.attention(x), self.clip_act)
+
+
+class MPDecoderBlock(nn.Module):
+    """Decoder block: resample, then residual and attention, with no pixel norm.
+
+    Args:
+        in_channels: Channels from the block before.
+        out_channels: Channels of the result.
+        config: Everything else.
+        attention: Whether self-attention follows the residual branch.
+        up: Whether the block first doubles the resolution by repeating pixels.
+        skip_channels: Channels of the encoder output that the network concatenates to the
+            input of this block; 0 for none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: NetworkConfig,
+        *,
+        attention: bool,
+        up: bool = False,
+        skip_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        self.res_balance = config.res_balance
+        self.clip_act = config.clip_act
+        self.up = up
+        self.skip_channels = skip_channels
+        self.residual = MPResidual(in_channels + skip_channels, out_channels, config)
+        self.skip = _skip(in_channels + skip_channels, out_channels)
+        self.attention = MPAttention(out_channels, config) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `[B, in + skip, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`."""
+        if self.up:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = mp_sum(self.skip(x), self.residual(x, emb), t=self.res_balance)
+        return _clip(self.attention(x), self.clip_act)
+
+
+class MPOutput(nn.Module):
+    """Last convolution with a learned gain, zero at first, so that training starts at F = 0.
+
+    Args:
+        in_channels: Channels of the last decoder block.
+        out_channels: Channels of the image.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = MPConv(in_channels, out_channels, kernel=(3, 3))
+        self.gain = Gain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, in, H, W]` to `[B, out, H, W]`."""
+        return self.gain(self.conv(x))
+
+
+def _skip(in_channels: int, out_channels: int) -> nn.Module:
+    """1×1 convolution on the main path where the width changes, nothing elsewhere."""
+    if in_channels == out_channels:
+        return nn.Identity()
+    return MPConv(in_channels, out_channels, kernel=(1, 1))
+
+
+def _clip(x: Tensor, limit: float | None) -> Tensor:
+    """Clamp to ±`limit`: a guard against overflow in half precision, idle in practice."""
+    return x if limit is None else torch.clamp(x, -limit, limit)

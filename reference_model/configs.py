@@ -1,0 +1,186 @@
+"""Every choice of a run as data: the network, the training, and presets by name.
+
+Nothing here imports torch, so that the command line can show all options at once. Each field
+carries its own help, which `python -m reference_model train --help` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+LADDER = {
+    "A": "EDM baseline",
+    "B": "minor improvements",
+    "C": "architectural streamlining",
+    "D": "magnitude-preserving learned layers",
+    "E": "control effective learning rate",
+    "F": "remove group normalizations",
+    "G": "magnitude-preserving fixed-function layers",
+}
+"""The seven configs of Karras et al. 2024, arXiv:2312.02696, Table 1."""
+
+AVAILABLE = ("G",)
+"""Those that `build_model` can build."""
+
+
+def option(help: str, **default: Any) -> Any:
+    """Declare a dataclass field with its help text for the command line."""
+    return field(metadata={"help": help}, **default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Shape and constants of the denoiser, by their EDM2 names."""
+
+    config: str = option("Rung of the paper's ladder, A to G.", default="G")
+    img_resolution: int = option("Height and width of the images, in pixels.")
+    img_channels: int = option("Channels of the images.")
+    label_dim: int = option("Number of classes; 0 for an unconditional network.", default=0)
+    model_channels: int = option("Channels at the finest level.", default=192)
+    channel_mult: tuple[int, ...] = option(
+        "Channels of each level, finest first, in multiples of model_channels.",
+        default=(1, 2, 3, 4),
+    )
+    channel_mult_noise: int | None = option(
+        "Width of the noise features, in multiples of model_channels; none: the finest level's.",
+        default=None,
+    )
+    channel_mult_emb: int | None = option(
+        "Width of the embedding, in multiples of model_channels; none: the widest level's.",
+        default=None,
+    )
+    num_blocks: int = option("Encoder blocks of each level; the decoder has one more.", default=3)
+    attn_resolutions: tuple[int, ...] = option(
+        "Resolutions (of a level, in pixels) at which blocks attend.", default=(16, 8)
+    )
+    channels_per_head: int = option("Channels of one attention head.", default=64)
+    dropout: float = option("Dropout probability in residual branches.", default=0.0)
+    label_balance: float = option("Share of the class in the embedding, 0 to 1.", default=0.5)
+    concat_balance: float = option("Share of skip connections, 0 to 1.", default=0.5)
+    res_balance: float = option("Share of residual branches, 0 to 1.", default=0.3)
+    attn_balance: float = option("Share of attention, 0 to 1.", default=0.3)
+    clip_act: float | None = option("Bound on activations; none: unbounded.", default=256.0)
+    sigma_data: float = option("Standard deviation of the data.", default=0.5)
+    logvar_channels: int = option("Noise features of the uncertainty head.", default=128)
+
+    def __post_init__(self) -> None:
+        for name in ("channel_mult", "attn_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.config not in LADDER:
+            raise ValueError(f"config must be one of {', '.join(LADDER)} (got {self.config!r})")
+        if self.config not in AVAILABLE:
+            raise NotImplementedError(
+                f"config {self.config} ({LADDER[self.config]}) is not built yet; "
+                f"config {', '.join(AVAILABLE)} is"
+            )
+        for name in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+        if self.label_dim < 0:
+            raise ValueError(f"label_dim must not be negative (got {self.label_dim})")
+        halvings = len(self.channel_mult) - 1
+        if self.img_resolution % 2**halvings:
+            raise ValueError(
+                f"img_resolution {self.img_resolution} cannot be halved {halvings} times; pad "
+                f"the images to a multiple of {2**halvings} or give channel_mult fewer levels "
+                f"(got {self.channel_mult})"
+            )
+        for mult in self.channel_mult:
+            self.num_heads(self.model_channels * mult)
+        for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1] (got {getattr(self, name)})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1) (got {self.dropout})")
+
+    @property
+    def noise_channels(self) -> int:
+        """Width of the noise features."""
+        return self.model_channels * (self.channel_mult_noise or self.channel_mult[0])
+
+    @property
+    def emb_channels(self) -> int:
+        """Width of the embedding."""
+        return self.model_channels * (self.channel_mult_emb or max(self.channel_mult))
+
+    def num_heads(self, channels: int) -> int:
+        """Attention heads at a level of this many channels; one where it is too narrow for more.
+
+        Raises:
+            ValueError: If the heads would have unequal widths.
+        """
+        heads = max(1, channels // self.channels_per_head)
+        if channels % heads:
+            raise ValueError(
+                f"a level of {channels} channels cannot be split into {heads} equal heads of "
+                f"about channels_per_head={self.channels_per_head}; choose a channels_per_head "
+                f"that divides {channels}"
+            )
+        return heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that determines a training run: equal configs give equal weights."""
+
+    network: NetworkConfig
+    data: str = option("Data set: 'digits' is built in.", default="digits")
+    seed: int = option("Seed of all random numbers.", default=0)
+    batch_size: int = option("Images of one step.", default=2048)
+    total_nimg: int = option("Length of training, in images.", default=2048 << 20)
+    ref_lr: float = option("Highest learning rate.", default=0.01)
+    ref_batches: float = option(
+        "Steps after which the learning rate falls as 1/√step; 0: never.", default=70_000
+    )
+    rampup_nimg: int = option("Linear learning-rate ramp-up, in images.", default=10_000_000)
+    betas: tuple[float, float] = option("Decay rates of Adam's moments.", default=(0.9, 0.99))
+    loss_scaling: float = option("Factor of the loss, against fp16 underflow.", default=1.0)
+    P_mean: float = option("Mean of the log noise level in training.", default=-0.4)
+    P_std: float = option("Standard deviation of the log noise level.", default=1.0)
+    ema_sigma_rel: tuple[float, ...] = option(
+        "EMA lengths to track, as fractions of training.", default=(0.05, 0.10)
+    )
+    snapshot_nimg: int = option("Interval of EMA snapshots, in images.", default=8 << 20)
+    checkpoint_nimg: int = option("Interval of checkpoints, in images.", default=128 << 20)
+    stats_nimg: int = option("Interval of lines in stats.jsonl, in images.", default=128 << 10)
+
+    def __post_init__(self) -> None:
+        for name in ("betas", "ema_sigma_rel"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        intervals = ("snapshot_nimg", "checkpoint_nimg", "stats_nimg")
+        for name in ("batch_size", "total_nimg", *intervals):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+        if not self.ref_lr > 0:
+            raise ValueError(f"ref_lr must be positive (got {self.ref_lr})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts, as `config.json` holds them."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Rebuild what `to_dict` wrote.
+
+        Raises:
+            ValueError: For fields that do not exist, as another version may have written.
+        """
+        values = dict(values)
+        network = dict(values.pop("network"))
+        for kind, given in ((cls, values), (NetworkConfig, network)):
+            unknown = set(given) - {f.name for f in fields(kind)}
+            if unknown:
+                raise ValueError(
+                    f"unknown {kind.__name__} fields {sorted(unknown)}; "
+                    "written by another version of this package?"
+                )
+        return cls(network=NetworkConfig(**network), **values)
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists at every depth, as a round trip through JSON does."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
