@@ -1,0 +1,443 @@
+"""``EMA``: what a training loop calls."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from numbers import Integral
+from typing import Any
+
+from posthoc_ema.encoding import check_encoding
+from posthoc_ema.errors import NonFiniteError, StateError, StructureError
+from posthoc_ema.profiles import Profile, as_profile, profile_from_dict
+from posthoc_ema.schedule import Every, Schedule, update_weight
+from posthoc_ema.snapshots import RunIdentity, Snapshot, SnapshotStore
+from posthoc_ema.trackers.base import Selection, Tracker, flatten_mapping
+
+STATE_VERSION = 1
+NONFINITE = ("ignore", "skip", "raise")
+
+_STATE_KEYS = frozenset(
+    {"version", "run_id", "unit", "t", "t_first", "clock", "counts_steps", "skipped"}
+    | {"profiles", "averages"}
+)
+
+
+class EMA:
+    """Tracks power-function averages of a model's weights and keeps snapshots of them.
+
+    Binds to the model at its first :meth:`update`, which copies the weights. Averages are kept
+    in float32 (float64 for float64 weights) whatever the model's type; buffers and integer
+    tensors are copied; tied tensors are averaged once.
+
+    Args:
+        sigma_rel: EMA lengths to track, as fractions of training time. Two, like the default,
+            allow any other to be reconstructed afterwards.
+        snapshots: Folder for snapshots; None keeps none.
+        every: Interval between snapshots, in units of t: one of each track is written by the
+            first update at or past each multiple.
+        schedule: Instead of ``every``, any :class:`posthoc_ema.schedule.Schedule`.
+        encoding: Storage precision of snapshots: ``"float32"`` (averages as they are kept),
+            ``"float16"`` or ``"bfloat16"``.
+        include: Track only tensors whose names match one of these shell-style patterns.
+        exclude: Leave out tensors whose names match one of these.
+        device: Where to keep averages (PyTorch only); by default with the weights. ``"cpu"``
+            spares GPU memory and costs a transfer at each update.
+        unit: What t counts, for people: ``"steps"``, ``"images"``, ``"tokens"``.
+        nonfinite: What to do when a weight is NaN or infinite: ``"ignore"`` averages it (and
+            snapshots are refused from then on), ``"skip"`` leaves that update out and counts it
+            in :attr:`skipped`, ``"raise"`` stops. The last two read all weights once more at
+            each update and wait for the GPU.
+
+    Example:
+        >>> import numpy as np
+        >>> ema = EMA(sigma_rel=0.1)
+        >>> weights = {"w": np.zeros(3)}
+        >>> for step in range(100):
+        ...     weights["w"] += 0.01  # training
+        ...     ema.update(weights)
+        >>> ema.average()["w"].round(2)
+        array([0.89, 0.89, 0.89])
+
+    Source:
+        Karras et al. 2024, arXiv:2312.02696, section 3.1 and Eq. 127.
+    """
+
+    def __init__(
+        self,
+        sigma_rel: float | Profile | Sequence[float | Profile] = (0.05, 0.10),
+        *,
+        snapshots: str | os.PathLike[str] | None = None,
+        every: float | None = None,
+        schedule: Schedule | None = None,
+        encoding: str = "float32",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        device: Any = None,
+        unit: str = "steps",
+        nonfinite: str = "ignore",
+    ) -> None:
+        one = isinstance(sigma_rel, Profile | int | float)
+        self._profiles = [as_profile(s) for s in ([sigma_rel] if one else sigma_rel)]  # type: ignore[union-attr, list-item]
+        if not self._profiles or len(set(self._profiles)) < len(self._profiles):
+            raise ValueError(f"sigma_rel must name at least one track, each once (got {sigma_rel})")
+        for profile in self._profiles:
+            update_weight(profile, 1, 2)  # raises for a profile that cannot be tracked
+        if every is not None and schedule is not None:
+            raise ValueError("give either every or schedule, not both")
+        if snapshots is None and (every is not None or schedule is not None):
+            raise ValueError("every and schedule say when to write snapshots: give snapshots= too")
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)} (got {nonfinite!r})")
+        self._schedule = Every(every) if every is not None else schedule
+        self._store = SnapshotStore(snapshots) if snapshots is not None else None
+        self._encoding = check_encoding(encoding)
+        self._select = Selection.of(include, exclude)
+        self._device, self._unit, self._nonfinite = device, unit, nonfinite
+        self.skipped = 0
+        """Updates left out because a weight was NaN or infinite."""
+
+        self._run_id = secrets.token_hex(8)
+        self._t: float = 0
+        self._t_first: float = 0
+        self._clock: float = 0  # like t, but skipped updates count
+        self._counts_steps: bool | None = None
+        self._handled: float = 0  # up to where due snapshots are on disk
+        self._claimed = self._swapped = False
+        self._tracker: Tracker | None = None
+        self._pending: list[Mapping[str, Any]] | None = None
+
+    @property
+    def t(self) -> float:
+        """Time of the averages: that of the last update, 0 before the first."""
+        return self._t
+
+    @property
+    def sigma_rel(self) -> tuple[float, ...]:
+        """Tracked EMA lengths, in the order given."""
+        return tuple(profile.sigma_rel for profile in self._profiles)
+
+    @property
+    def store(self) -> SnapshotStore | None:
+        """The snapshots, if any are kept."""
+        return self._store
+
+    def __repr__(self) -> str:
+        return f"EMA({self._profiles}, t={self._t} {self._unit}, snapshots={self._store})"
+
+    def update(self, model: Any, t: float | None = None) -> None:
+        """Take the weights into the averages; call after each optimiser step.
+
+        Args:
+            model: A ``torch.nn.Module`` (plain, compiled or data-parallel), a mapping from
+                names to arrays of numpy, torch or JAX, or a JAX pytree.
+            t: Training time, in any unit, strictly increasing; by default the number of calls.
+                The decay follows from it, so any interval between updates is exact.
+
+        Raises:
+            ValueError: If ``t`` does not increase.
+            StructureError: If the model changed since the averages began.
+            StateError: If called while averages are applied to the model, or with ``t`` at
+                some calls and without it at others.
+            NonFiniteError: If a weight is not finite and ``nonfinite="raise"``.
+            SnapshotError, SnapshotWriteError: If a due snapshot cannot be written; the averages
+                are intact, and the next update tries again.
+        """
+        if self._swapped:
+            raise StateError("update was called inside applied(): the model holds averages")
+        t, counts_steps = self._next_time(t)
+        if self._tracker is None:
+            self._bind(model)
+        else:
+            self._tracker.check(model)
+        tracker = self._bound()
+        if self._store is not None and not self._claimed:
+            self._claim(self._t)
+
+        if self._nonfinite != "ignore" and not tracker.is_finite():
+            if self._nonfinite == "raise":
+                raise NonFiniteError(f"a weight is NaN or infinite at t={t}; nothing was averaged")
+            self.skipped += 1
+            self._clock, self._counts_steps = t, counts_steps
+            return
+        first = self._t == 0
+        tracker.update(None if first else [update_weight(p, self._t, t) for p in self._profiles])
+        self._t = self._clock = t
+        self._counts_steps = counts_steps
+        if first:
+            self._t_first = t
+        if self._schedule is not None and self._schedule.due(self._handled, t):
+            self.snapshot()
+
+    def snapshot(self) -> list[Snapshot]:
+        """Write a snapshot of every track now, durable when this returns.
+
+        Returns:
+            What was written; nothing for tracks already on disk at this time.
+
+        Raises:
+            StateError: If there is no folder, or no update yet.
+            SnapshotError, SnapshotWriteError: As :meth:`update`.
+        """
+        if self._store is None:
+            raise StateError("this EMA keeps no snapshots; give EMA(snapshots=folder)")
+        tracker = self._bound()
+        self._require_update()
+        if not self._claimed:
+            self._claim(self._t)
+        if not _writes_snapshots():
+            return []
+        run = self._identity()
+        present = {s.profile for s in self._store.scan()[0] if s.t == self._t}
+        copies = tracker.copy_sources()
+        written = [
+            self._store.write(
+                run,
+                self._t,
+                profile,
+                tracker.average_sources(track),
+                copies,
+                tracker.aliases,
+                self._encoding,
+            )
+            for track, profile in enumerate(self._profiles)
+            if profile not in present
+        ]
+        self._handled = self._t
+        return written
+
+    def average(self, sigma_rel: float | Profile | None = None) -> Any:
+        """A copy of one track's averages, in the form of the model.
+
+        Args:
+            sigma_rel: Which track; may be left out if there is one only.
+
+        Returns:
+            A state dict (module), mapping, or pytree; float32 or float64, with copies of
+            buffers and tied names. Before the first update, after ``load_state_dict``: the
+            averaged tensors by name.
+
+        Raises:
+            ValueError: If no such track is kept.
+            StateError: If there are no averages yet.
+        """
+        track = self._track(sigma_rel)
+        if self._tracker is None and self._pending is not None:
+            return dict(self._pending[track])
+        tracker = self._bound()
+        self._require_update()
+        return tracker.assemble({s.name: tracker.average(track, s.name) for s in tracker.averaged})
+
+    @contextmanager
+    def applied(self, model: Any, sigma_rel: float | Profile | None = None) -> Iterator[Any]:
+        """Let the model hold one track's averages inside a ``with`` block.
+
+        The raw weights, buffers and train/eval modes come back whatever happens inside. Modules
+        and numpy arrays are changed in place; for a JAX pytree use what the block is given.
+
+        Args:
+            model: The model, as given to :meth:`update`.
+            sigma_rel: Which track; may be left out if there is one only.
+
+        Yields:
+            The model with averaged weights.
+
+        Example:
+            >>> with ema.applied(model, 0.05):  # doctest: +SKIP
+            ...     evaluate(model)
+        """
+        track = self._track(sigma_rel)
+        if self._tracker is None and self._pending is not None:
+            self._bind(model)
+        tracker = self._bound()
+        self._require_update()
+        if self._swapped:
+            raise StateError("applied() is already active: its end would restore averages")
+        self._swapped = True
+        try:
+            with tracker.applied(model, track) as averaged:
+                yield averaged
+        finally:
+            self._swapped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue, for the training checkpoint: copies, plain data.
+
+        ``torch.load(weights_only=True)`` reads it; nothing refers to this library's classes.
+        """
+        averages: list[dict[str, Any]] = []
+        if self._tracker is not None:
+            tracker = self._tracker
+            averages = [
+                {spec.name: tracker.average(track, spec.name) for spec in tracker.averaged}
+                for track in range(len(self._profiles))
+            ]
+        elif self._pending is not None:
+            averages = [dict(track) for track in self._pending]
+        return {
+            "version": STATE_VERSION,
+            "run_id": self._run_id,
+            "unit": self._unit,
+            "t": self._t,
+            "t_first": self._t_first,
+            "clock": self._clock,
+            "counts_steps": self._counts_steps,
+            "skipped": self.skipped,
+            "profiles": [profile.to_dict() for profile in self._profiles],
+            "averages": averages,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave, in this or another process.
+
+        Snapshots later than the state's time are set aside at the next update (in the
+        subfolder ``abandoned``), never deleted and never mixed in.
+
+        Raises:
+            ValueError: If the state is not one of :class:`EMA`, or has other tracks or names.
+        """
+        missing = _STATE_KEYS - set(state)
+        if missing:
+            raise ValueError(
+                f"this is no state of EMA.state_dict: it lacks {', '.join(sorted(missing))}. A "
+                "checkpoint from before the EMA was added has none: do not call load_state_dict "
+                "then, and averages begin with the next update"
+            )
+        if state["version"] != STATE_VERSION:
+            raise ValueError(
+                f"state has version {state['version']}, this library reads {STATE_VERSION}; "
+                "upgrade posthoc-ema"
+            )
+        profiles = [profile_from_dict(data) for data in state["profiles"]]
+        if profiles != self._profiles:
+            raise ValueError(
+                f"the state has the tracks {profiles}, this EMA {self._profiles}; make the EMA "
+                "with the same sigma_rel"
+            )
+        averages = [dict(track) for track in state["averages"]]
+        if averages and self._tracker is not None:
+            self._load_into(self._tracker, averages)
+        else:
+            self._pending = averages or None
+        self._run_id, self._t = state["run_id"], state["t"]
+        self._t_first, self._clock = state["t_first"], state["clock"]
+        self._counts_steps, self.skipped = state["counts_steps"], state["skipped"]
+        self._handled, self._claimed = self._t, False
+
+    def _next_time(self, t: float | None) -> tuple[float, bool]:
+        counts_steps = t is None
+        if self._counts_steps not in (None, counts_steps):
+            raise StateError(
+                "update was called with t at some times and without it at others, which would "
+                f"mix units; the clock stands at t={self._clock} {self._unit}"
+            )
+        if t is None:
+            return self._clock + 1, True
+        t = int(t) if isinstance(t, Integral) else float(t)
+        if not (isfinite(t) and t > self._clock):
+            raise ValueError(
+                f"t must increase strictly from update to update: got {t} after {self._clock}"
+                + (" (after resuming, go on counting from there)" if self._clock else "")
+            )
+        return t, False
+
+    def _bind(self, model: Any) -> None:
+        tracker = _make_tracker(model, self._select, len(self._profiles), self._device)
+        if not tracker.averaged:
+            raise StructureError("the model has no floating-point tensors to average")
+        if self._pending is not None:
+            self._load_into(tracker, self._pending)
+            self._pending = None
+        self._tracker = tracker
+
+    def _load_into(self, tracker: Tracker, averages: Sequence[Mapping[str, Any]]) -> None:
+        expected = {spec.name: spec.shape for spec in tracker.averaged}
+        for track, values in enumerate(averages):
+            found = {name: tuple(value.shape) for name, value in values.items()}
+            if found != expected:
+                wrong = sorted(
+                    name for name in {*found, *expected} if found.get(name) != expected.get(name)
+                )
+                raise StructureError(
+                    f"the state's averages do not fit the model: {wrong[0]} has shape "
+                    f"{found.get(wrong[0], 'none')} in the state and "
+                    f"{expected.get(wrong[0], 'none')} in the model ({len(wrong)} such names)"
+                )
+            for name, value in values.items():
+                tracker.load(track, name, value)
+
+    def _claim(self, t: float) -> None:
+        if self._store is not None and _writes_snapshots():
+            self._store.claim(self._identity(), t)
+        self._claimed = True
+
+    def _identity(self) -> RunIdentity:
+        return RunIdentity(self._run_id, self._unit, self._bound().framework, self._t_first)
+
+    def _track(self, sigma_rel: float | Profile | None) -> int:
+        if sigma_rel is None:
+            if len(self._profiles) == 1:
+                return 0
+            raise ValueError(f"several tracks are kept, {self._profiles}: say which")
+        profile = as_profile(sigma_rel)
+        if profile not in self._profiles:
+            raise ValueError(
+                f"{profile} is not tracked, only {self._profiles}; reconstruct(...) makes any "
+                "other from snapshots"
+            )
+        return self._profiles.index(profile)
+
+    def _bound(self) -> Tracker:
+        if self._tracker is None:
+            raise StateError("there are no averages yet: call update first")
+        return self._tracker
+
+    def _require_update(self) -> None:
+        if self._t == 0:
+            raise StateError("there are no averages yet: call update first")
+
+
+def _make_tracker(model: Any, select: Selection, tracks: int, device: Any) -> Tracker:
+    """The tracker for the framework of the model, which is loaded already if it is one's."""
+    kinds = {type(leaf) for leaf in _leaves(model)}
+    torch = sys.modules.get("torch")
+    if torch is not None and (
+        isinstance(model, torch.nn.Module) or any(issubclass(k, torch.Tensor) for k in kinds)
+    ):
+        from posthoc_ema.trackers.torch import TorchTracker
+
+        return TorchTracker(model, select, tracks, device)
+    if device is not None:
+        raise ValueError("device= is for PyTorch models; others keep averages with the weights")
+    jax = sys.modules.get("jax")
+    if jax is not None and (
+        not isinstance(model, Mapping) or any(issubclass(k, jax.Array) for k in kinds)
+    ):
+        from posthoc_ema.trackers.jax import JaxTracker
+
+        return JaxTracker(model, select, tracks)
+    if isinstance(model, Mapping) and model:
+        from posthoc_ema.trackers.numpy import NumpyTracker
+
+        return NumpyTracker(model, select, tracks)
+    raise TypeError(
+        "expected a torch.nn.Module, a non-empty mapping from names to arrays, or a JAX pytree "
+        f"(got {type(model).__name__})"
+    )
+
+
+def _leaves(model: Any) -> list[Any]:
+    return [leaf for _, leaf in flatten_mapping(model)] if isinstance(model, Mapping) else []
+
+
+def _writes_snapshots() -> bool:
+    """Under torch.distributed every process holds the same averages: the first one writes."""
+    torch = sys.modules.get("torch")
+    distributed = torch is not None and torch.distributed.is_available()
+    if not distributed or not torch.distributed.is_initialized():
+        return True
+    return bool(torch.distributed.get_rank() == 0)

@@ -1,0 +1,421 @@
+"""Post-hoc reconstruction: any average of a run, from its snapshots, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_framework
+from posthoc_ema.encoding import PageDigest
+from posthoc_ema.errors import SnapshotError
+from posthoc_ema.evidence import Evidence, gather_evidence
+from posthoc_ema.profiles import PowerFunction, Profile, as_profile
+from posthoc_ema.sinks import FileSink, MemorySink
+from posthoc_ema.snapshots import CopySource, Snapshot, SnapshotStore
+from posthoc_ema.solve import METHODS, Solution, solve
+from posthoc_ema.streaming import Group, stream
+from posthoc_ema.tensorfile import read_header, read_range
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_SHARD_BYTES = 5 * 10**9
+EVERYTHING = "*"
+
+Goal = Mapping[str, Profile]  # name pattern -> profile
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """One averaged set of weights.
+
+    Attributes:
+        t: Its time, in the run's unit.
+        profile: Its profile; by name pattern, where lengths differ between tensors.
+        inputs: ``n`` (t, profile) of the snapshots it was made from.
+        coefficients: ``[n]`` float64, aligned with ``inputs``, summing to one; by name pattern
+            likewise.
+        predicted_error: Expected RMS difference from the true average, relative to the RMS of
+            the weights. NaN where a single snapshot cannot tell.
+        diagnostics: ``profile_error``, ``condition_number``, ``l1_norm`` and ``l2_norm`` of the
+            coefficients (by pattern likewise), ``movement`` and ``noise`` as estimated, and
+            ``remarks`` about what the snapshots could not support.
+        aliases: Tied names, each with the name that holds the values.
+        files: Where the weights were written, if they were.
+    """
+
+    t: float
+    profile: Profile | Goal
+    inputs: Sequence[tuple[float, Profile]]
+    coefficients: NDArray[np.float64] | Mapping[str, NDArray[np.float64]]
+    predicted_error: float
+    diagnostics: Mapping[str, Any]
+    aliases: Mapping[str, str]
+    files: Sequence[Path]
+    _load: Callable[[], tuple[dict[str, Any], dict[str, Any]]] = field(repr=False)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Averaged tensors by name, float32 (float64 where the weights were)."""
+        return self._load()[0]
+
+    @property
+    def buffers(self) -> dict[str, Any]:
+        """Buffers and integer tensors by name, copied from the last snapshot used."""
+        return self._load()[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything by name, tied names included: ``model.load_state_dict`` takes it."""
+        params, buffers = self._load()
+        state = {**params, **buffers}
+        state.update({alias: state[name] for alias, name in self.aliases.items() if name in state})
+        return state
+
+
+def reconstruct(
+    snapshots: str | Path | SnapshotStore,
+    sigma_rel: float | Sequence[float] | Mapping[str, float | Profile] | None = None,
+    *,
+    target: Profile | Sequence[Profile] | None = None,
+    t: float | None = None,
+    method: str = "kriging",
+    out: str | Path | None = None,
+    framework: str | None = None,
+    names: str | Sequence[str] | None = None,
+    progress: bool | None = None,
+) -> Any:
+    """Reconstruct averages of a finished or running training run from its snapshots.
+
+    One streaming pass over the files serves all targets. Beside the results themselves it needs
+    less than 256 MB, whatever the number of snapshots and the size of the model.
+
+    Args:
+        snapshots: The folder that ``EMA(snapshots=...)`` wrote, or a store.
+        sigma_rel: EMA length as a fraction of training time; several for several results; or a
+            mapping from name pattern (``"decoder.*"``) to length, the first match deciding,
+            for a different length in different tensors.
+        target: Instead of ``sigma_rel``, any profile, or several.
+        t: Time of the average, up to that of the last snapshot; by default that. Snapshots
+            after ``t`` are not used.
+        method: ``"kriging"`` or ``"paper"``, see :func:`posthoc_ema.solve`.
+        out: Write safetensors instead of holding the result: a file ``name.safetensors`` for
+            one target, else a folder. Above 5 GB a file is sharded with an index, as Hugging
+            Face does.
+        framework: ``"numpy"``, ``"torch"`` or ``"jax"``; by default whichever wrote the
+            snapshots.
+        names: Only averaged tensors whose names match one of these patterns, and no buffers.
+            Files are then read in part, and their digests not checked.
+        progress: Show a progress bar; by default if standard error is a terminal.
+
+    Returns:
+        A :class:`Reconstruction`, or a list of them if several targets were asked for.
+
+    Raises:
+        SnapshotError: If a file is damaged or foreign; the message names it.
+        ValueError: If an argument is outside its domain.
+
+    Example:
+        >>> weights = reconstruct("run/ema", sigma_rel=0.07)  # doctest: +SKIP
+        >>> model.load_state_dict(weights.state_dict())  # doctest: +SKIP
+
+    Source:
+        Karras et al. 2024, arXiv:2312.02696, section 3.2 and Algorithm 3.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)} (got {method!r})")
+    goals, several = _goals(sigma_rel, target)
+    usable, t = select_snapshots(snapshots, t)
+    framework = check_framework(framework or usable[0].run.framework)
+    assignment = _assign(goals, _select_names(usable[0], names))
+    paths = _output_paths(out, goals, several, usable[0])
+
+    evidence = gather_evidence(usable)
+    inputs = [(s.t, s.profile) for s in usable]
+    solutions = [_solve_goal(inputs, goal, t, method, evidence) for goal in goals]
+    groups = [
+        Group(members, np.stack([s[p].coefficients for s, p in zip(solutions, key, strict=True)]))
+        for key, members in assignment.items()
+    ]
+    copies = _read_copies(usable[-1]) if names is None else []
+
+    memory = MemorySink(len(goals))
+    files: list[list[Path]] = [[] for _ in goals]
+    with _progress_bar(usable, progress) as advance:
+        if paths:
+            metadata = [
+                {"reconstruction": {"t": t, **_by_pattern({p: repr(q) for p, q in g.items()})}}
+                for g in goals
+            ]
+            with FileSink(paths, copies, metadata, MAX_SHARD_BYTES) as sink:
+                stream(usable, groups, sink, check=names is None, progress=advance)
+                sink.commit()
+                files = [sink.files(k) for k in range(len(goals))]
+        else:
+            stream(usable, groups, memory, check=names is None, progress=advance)
+
+    results = []
+    for k, (goal, solution) in enumerate(zip(goals, solutions, strict=True)):
+        if paths:
+            load = partial(_load_files, files[k], usable[-1], framework)
+        else:
+            load = _loaded(memory.arrays[k], copies, usable[-1], framework)
+        share = {
+            pattern: sum(
+                usable[0].entries[name].count
+                for key, members in assignment.items()
+                if key[k] == pattern
+                for name in members
+            )
+            for pattern in goal
+        }
+        results.append(_result(goal, solution, share, usable, t, evidence, files[k], load))
+    return results if several else results[0]
+
+
+def predict_error(
+    snapshots: str | Path | SnapshotStore,
+    sigma_rel: float | Sequence[float],
+    t: float | None = None,
+    *,
+    method: str = "kriging",
+) -> Any:
+    """Predicted error of reconstructions, without reconstructing: a small sample is read.
+
+    Args:
+        snapshots: A folder or store.
+        sigma_rel: EMA length, or several.
+        t: Time of the average; default: the last snapshot's.
+        method: As in :func:`reconstruct`.
+
+    Returns:
+        Expected RMS error relative to the RMS of the weights: a float, or ``[k]`` float64 for a
+        sequence. NaN where a single snapshot cannot tell.
+    """
+    usable, t = select_snapshots(snapshots, t)
+    evidence = gather_evidence(usable)
+    several = np.ndim(sigma_rel) > 0
+    targets = [(t, as_profile(s)) for s in (sigma_rel if several else [sigma_rel])]  # type: ignore[union-attr, list-item]
+    inputs = [(s.t, s.profile) for s in usable]
+    solution = solve(
+        inputs, targets, method=method, movement=evidence.movement, noise=evidence.noise
+    )
+    errors = np.sqrt(solution.expected_square / (evidence.mean_square or 1.0))
+    return errors if several else float(errors[0])
+
+
+def select_snapshots(
+    snapshots: str | Path | SnapshotStore, t: float | None
+) -> tuple[Sequence[Snapshot], float]:
+    """Snapshots that an average at ``t`` may use, in order of time, and ``t`` itself.
+
+    Raises:
+        ValueError: If ``t`` lies before the first or after the last snapshot.
+    """
+    store = snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
+    found = store.list()
+    if t is None:
+        t = found[-1].t
+    usable = [s for s in found if s.t <= t]
+    if not usable or t > found[-1].t:
+        raise ValueError(
+            f"t={t} is outside the snapshots of {store.path}, which reach from t={found[0].t} to "
+            f"t={found[-1].t} {found[0].run.unit}"
+        )
+    return usable, t
+
+
+def _goals(sigma_rel: Any, target: Any) -> tuple[list[Goal], bool]:
+    """Each target as a mapping from pattern to profile, and whether a list was asked for."""
+    if (sigma_rel is None) == (target is None):
+        raise TypeError("reconstruct takes either sigma_rel or target")
+    wanted = target if sigma_rel is None else sigma_rel
+    if isinstance(wanted, Mapping):
+        if not wanted:
+            raise ValueError("the mapping from name patterns to sigma_rel is empty")
+        return [{pattern: as_profile(value) for pattern, value in wanted.items()}], False
+    if isinstance(wanted, Profile) or np.ndim(wanted) == 0:
+        return [{EVERYTHING: as_profile(wanted)}], False
+    goals: list[Goal] = [{EVERYTHING: as_profile(value)} for value in wanted]
+    if not goals:
+        raise ValueError("no targets: the sequence is empty")
+    return goals, True
+
+
+def _select_names(snapshot: Snapshot, names: str | Sequence[str] | None) -> list[str]:
+    if names is None:
+        return list(snapshot.averages)
+    patterns = [names] if isinstance(names, str) else list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in snapshot.averages):
+            raise ValueError(
+                f"names: nothing matches {pattern!r}; the snapshots hold "
+                f"{_some(list(snapshot.averages))}"
+            )
+    return [n for n in snapshot.averages if any(fnmatchcase(n, p) for p in patterns)]
+
+
+def _assign(goals: Sequence[Goal], names: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
+    """Group tensors by the pattern that decides about them in each goal."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    unmatched = []
+    for name in names:
+        found = [[p for p in goal if fnmatchcase(name, p)] for goal in goals]
+        if all(found):
+            groups.setdefault(tuple(patterns[0] for patterns in found), []).append(name)
+        else:
+            unmatched.append(name)
+    if unmatched:
+        raise ValueError(
+            f"no pattern matches {_some(unmatched)}; add '*' with a length for all the others"
+        )
+    return groups
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _solve_goal(
+    inputs: Sequence[tuple[float, Profile]], goal: Goal, t: float, method: str, evidence: Evidence
+) -> dict[str, Solution]:
+    targets = [(t, profile) for profile in goal.values()]
+    solved = solve(inputs, targets, method=method, movement=evidence.movement, noise=evidence.noise)
+    return {pattern: solved[k] for k, pattern in enumerate(goal)}
+
+
+def _by_pattern(values: Mapping[str, Any]) -> Any:
+    """One value where one profile serves all tensors, else the mapping."""
+    return values[EVERYTHING] if list(values) == [EVERYTHING] else values
+
+
+def _result(
+    goal: Goal,
+    solution: Mapping[str, Solution],
+    share: Mapping[str, int],
+    usable: Sequence[Snapshot],
+    t: float,
+    evidence: Evidence,
+    files: Sequence[Path],
+    load: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+) -> Reconstruction:
+    total = sum(share.values()) or 1
+    square = sum(share[p] * float(s.expected_square) for p, s in solution.items()) / total
+    per_pattern = {
+        name: _by_pattern({p: float(getattr(s, name)) for p, s in solution.items()})
+        for name in ("profile_error", "condition_number", "l1_norm", "l2_norm")
+    }
+    return Reconstruction(
+        t=t,
+        profile=_by_pattern(dict(goal)),
+        inputs=[(s.t, s.profile) for s in usable],
+        coefficients=_by_pattern({p: s.coefficients for p, s in solution.items()}),
+        predicted_error=float(np.sqrt(square / (evidence.mean_square or 1.0))),
+        diagnostics={
+            **per_pattern,
+            "movement": evidence.movement,
+            "noise": evidence.noise,
+            "remarks": evidence.remarks,
+        },
+        aliases=usable[-1].aliases,
+        files=files,
+        _load=load,
+    )
+
+
+def _read_copies(snapshot: Snapshot) -> list[CopySource]:
+    """Buffers and integer tensors, checked against their digest."""
+    copies, digest = [], PageDigest()
+    with snapshot.opened() as file:
+        for name in snapshot.copies:
+            entry = snapshot.entries[name]
+            raw = np.empty(entry.nbytes, np.uint8)
+            read_range(file, entry.offset, raw)
+            digest.update(raw)
+            copies.append(CopySource(name, entry.shape, entry.dtype, raw))
+    snapshot.check_digest("copies", digest)
+    return copies
+
+
+def _loaded(
+    arrays: Mapping[str, NDArray[Any]],
+    copies: Sequence[CopySource],
+    snapshot: Snapshot,
+    framework: str,
+) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
+    # In the model's own order, not that of the file.
+    params = {
+        name: average_to_framework(arrays[name], dtype, framework)
+        for name, dtype in snapshot.averages.items()
+        if name in arrays
+    }
+    # Each result owns its buffers: writing into one must not change another.
+    buffers = {
+        c.name: copy_to_framework(c.data.copy(), c.dtype, c.shape, framework) for c in copies
+    }
+    return lambda: (params, buffers)
+
+
+def _load_files(
+    paths: Sequence[Path], snapshot: Snapshot, framework: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a reconstruction back from the files that it was written to."""
+    arrays, copies = {}, []
+    for path in paths:
+        with open(path, "rb") as file:
+            for entry in read_header(path).entries.values():
+                raw = np.empty(entry.nbytes, np.uint8)
+                read_range(file.fileno(), entry.offset, raw)
+                if entry.name in snapshot.averages:
+                    kind = "<f8" if entry.dtype == "F64" else "<f4"
+                    arrays[entry.name] = raw.view(kind).reshape(entry.shape)
+                else:
+                    copies.append(CopySource(entry.name, entry.shape, entry.dtype, raw))
+    return _loaded(arrays, copies, snapshot, framework)()
+
+
+def _output_paths(
+    out: str | Path | None, goals: Sequence[Goal], several: bool, snapshot: Snapshot
+) -> list[Path]:
+    if out is None:
+        return []
+    out = Path(out)
+    is_file = out.name.endswith(".safetensors")
+    folder = out.parent if is_file else out
+    if folder.resolve() == snapshot.path.parent.resolve():
+        raise SnapshotError(f"out={out} lies in the snapshot folder; give another folder")
+    if is_file and several:
+        raise ValueError(f"out={out} is one file for {len(goals)} results; give a folder")
+    if is_file:
+        return [out]
+    if not several:
+        return [out / "model.safetensors"]
+    return [out / f"{_label(goal[EVERYTHING])}.safetensors" for goal in goals]
+
+
+def _label(profile: Profile) -> str:
+    if isinstance(profile, PowerFunction):
+        return f"sigma_rel={profile.sigma_rel!r}"
+    return "_".join(f"{key}={value}" for key, value in profile.to_dict().items())
+
+
+@contextmanager
+def _progress_bar(
+    snapshots: Sequence[Snapshot], show: bool | None
+) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    total = sum(s.nbytes for s in snapshots)
+    # disable=None: only on a terminal.
+    disable = None if show is None else not show
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="reconstruct", disable=disable, delay=1
+    ) as bar:
+        yield bar.update

@@ -1,0 +1,168 @@
+"""Where reconstructed weights go: memory, or safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posthoc_ema.encoding import ITEM_SIZE
+from posthoc_ema.snapshots import CopySource
+from posthoc_ema.tensorfile import TensorEntry, TensorFileWriter, write_text_atomically
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class MemorySink:
+    """Keeps the results, one dictionary of arrays for each target."""
+
+    def __init__(self, targets: int) -> None:
+        self.arrays: list[dict[str, NDArray[Any]]] = [{} for _ in range(targets)]
+        self._flat: list[NDArray[Any]] = []
+
+    def begin(self, outputs: Sequence[TensorEntry]) -> frozenset[str]:
+        """Any run will do."""
+        return frozenset()
+
+    def start(self, outputs: Sequence[TensorEntry]) -> None:
+        """Allocate a run as one array for each target; tensors are views of it."""
+        dtype = np.float64 if outputs[0].dtype == "F64" else np.float32
+        total = sum(entry.count for entry in outputs)
+        self._flat = [np.empty(total, dtype) for _ in self.arrays]
+        for flat, arrays in zip(self._flat, self.arrays, strict=True):
+            done = 0
+            for entry in outputs:
+                arrays[entry.name] = flat[done : done + entry.count].reshape(entry.shape)
+                done += entry.count
+
+    def write(self, start: int, block: NDArray[Any]) -> None:
+        """Put one block in its place."""
+        for flat, values in zip(self._flat, block, strict=True):
+            flat[start : start + len(values)] = values
+
+
+class FileSink:
+    """Writes one safetensors file, or shards with an index, for each target.
+
+    Nothing is visible before everything is complete.
+
+    Args:
+        paths: One for each target, ending in ``.safetensors``.
+        copies: Buffers to store beside the averages.
+        metadata: For each target, what its files say of themselves.
+        max_shard_bytes: Above this size a file is split.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        copies: Sequence[CopySource],
+        metadata: Sequence[Mapping[str, Any]],
+        max_shard_bytes: int,
+    ) -> None:
+        self._paths, self._metadata, self._max = paths, metadata, max_shard_bytes
+        self._copies = {copy.name: copy for copy in copies}
+        self._shards: list[list[TensorEntry]] = []
+        self._pending: list[tuple[int, TensorEntry]] = []
+        self._writers: list[list[TensorFileWriter]] = []
+        self._stack = ExitStack()
+        self._current = 0
+
+    def __enter__(self) -> FileSink:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def begin(self, outputs: Sequence[TensorEntry]) -> frozenset[str]:
+        """Lay out the shards and open them all; runs end at shards and around buffers."""
+        entries = [
+            *outputs,
+            *(TensorEntry(c.name, c.dtype, c.shape) for c in self._copies.values()),
+        ]
+        entries.sort(key=lambda entry: -ITEM_SIZE[entry.dtype])  # aligned, as in snapshots
+        size = 0
+        for entry in entries:
+            if not self._shards or size + entry.nbytes > self._max:
+                self._shards.append([])
+                size = 0
+            self._shards[-1].append(entry)
+            size += entry.nbytes
+        self._pending = [(k, e) for k, shard in enumerate(self._shards) for e in shard]
+        for path, metadata in zip(self._paths, self._metadata, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writers.append(
+                [
+                    self._stack.enter_context(TensorFileWriter(shard_path, shard, dict(metadata)))
+                    for shard_path, shard in zip(self._names(path), self._shards, strict=True)
+                ]
+            )
+        neighbours = zip(self._pending, self._pending[1:], strict=False)
+        return frozenset(
+            b.name for (i, a), (j, b) in neighbours if i != j or a.name in self._copies
+        )
+
+    def start(self, outputs: Sequence[TensorEntry]) -> None:
+        """Write the buffers that come before, and pass to the right shard."""
+        self._write_copies()
+        for entry in outputs:
+            self._current, expected = self._pending.pop(0)
+            if expected.name != entry.name:
+                raise RuntimeError(f"expected {expected.name}, got {entry.name}")
+
+    def write(self, start: int, block: NDArray[Any]) -> None:
+        """Append one block to each target's file."""
+        for writers, values in zip(self._writers, block, strict=True):
+            writers[self._current].write(np.ascontiguousarray(values))
+
+    def commit(self) -> None:
+        """Make all files visible, the index last."""
+        self._write_copies()
+        for path, metadata, writers in zip(self._paths, self._metadata, self._writers, strict=True):
+            for writer in writers:
+                writer.commit(dict(metadata))
+            # What an earlier call left under the other name would be taken for this result.
+            if len(writers) > 1:
+                write_text_atomically(_index_path(path), self._index(path))
+                path.unlink(missing_ok=True)
+            else:
+                _index_path(path).unlink(missing_ok=True)
+
+    def files(self, target: int) -> list[Path]:
+        """The files of one target, without the index."""
+        return self._names(self._paths[target])
+
+    def _write_copies(self) -> None:
+        while self._pending and self._pending[0][1].name in self._copies:
+            shard, entry = self._pending.pop(0)
+            for writers in self._writers:
+                writers[shard].write(self._copies[entry.name].data)
+
+    def _names(self, path: Path) -> list[Path]:
+        number = len(self._shards)
+        if number == 1:
+            return [path]
+        stem = path.name.removesuffix(".safetensors")
+        return [
+            path.with_name(f"{stem}-{k:05d}-of-{number:05d}.safetensors")
+            for k in range(1, number + 1)
+        ]
+
+    def _index(self, path: Path) -> str:
+        total = sum(entry.nbytes for shard in self._shards for entry in shard)
+        weight_map = {
+            entry.name: shard_path.name
+            for shard_path, shard in zip(self._names(path), self._shards, strict=True)
+            for entry in shard
+        }
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+
+
+def _index_path(path: Path) -> Path:
+    """The index of a sharded file, as Hugging Face names it."""
+    return path.with_name(path.name + ".index.json")

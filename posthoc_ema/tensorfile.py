@@ -1,0 +1,223 @@
+"""Safetensors files, read by ranges and written as a stream.
+
+The safetensors package checks the header and serves as the reference; what it has no call for
+is here: reading parts of many files at once without mapping them, and writing a file whose
+tensors never are in memory together, durably.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posthoc_ema.encoding import ITEM_SIZE
+from posthoc_ema.errors import CorruptSnapshotError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+METADATA_KEY = "posthoc_ema"
+"""One key with sorted JSON: safetensors writes several keys in random order."""
+
+_HEADER_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in a file.
+
+    Attributes:
+        name: Its name in the state dict.
+        dtype: Safetensors name of its type.
+        shape: Its shape.
+        offset: Of its first byte, from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.count * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: our metadata (None if it has none) and its tensors in order."""
+
+    metadata: dict[str, Any] | None
+    entries: dict[str, TensorEntry]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CorruptSnapshotError: If the file is not a complete safetensors file.
+        FileNotFoundError: If there is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            # The reference parser first: it bounds the length and checks every offset.
+            with safe_open(str(path), framework="numpy"):
+                pass
+            header = json.loads(file.read(length))
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise CorruptSnapshotError(
+            f"{path} is not a complete safetensors file ({error}); it was truncated or damaged. "
+            "Restore it from a copy, or delete it to go on without it"
+        ) from error
+    metadata = header.pop("__metadata__", {}).get(METADATA_KEY)
+    start = 8 + length
+    entries = [
+        TensorEntry(name, e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0])
+        for name, e in header.items()
+    ]
+    entries.sort(key=lambda entry: entry.offset)
+    try:
+        parsed = None if metadata is None else json.loads(metadata)
+    except ValueError as error:
+        raise CorruptSnapshotError(
+            f"{path} has damaged metadata ({error}); restore or delete it"
+        ) from error
+    return Header(parsed, {entry.name: entry for entry in entries})
+
+
+def read_range(file: int, offset: int, out: NDArray[np.uint8]) -> None:
+    """Fill ``out`` from an open file.
+
+    Raises:
+        EOFError: If the file ends before.
+    """
+    view, done = memoryview(out), 0
+    while done < len(view):
+        # Reads, not a memory map: cheaper than page faults on one pass, no growth of resident
+        # memory, and a file that shrinks gives an error instead of a bus error.
+        got = os.preadv(file, [view[done:]], offset + done)
+        if not got:
+            raise EOFError(f"file ends at byte {offset + done}, expected {offset + len(view)}")
+        done += got
+
+
+class TensorFileWriter:
+    """Write one safetensors file as a stream, visible only when complete and on disk.
+
+    Tensors are written in the order of ``entries``; ``commit`` puts the file in its place,
+    leaving the context without it (an exception, a kill) leaves no trace but a hidden
+    temporary file, which the next writer of that folder removes.
+
+    Args:
+        path: Where the file shall be.
+        entries: Name, type and shape of each tensor; types of larger elements first, so that
+            all are aligned.
+        metadata: Stand-in for the metadata given to ``commit``, at least as long.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: dict[str, Any]):
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        offset, self._table = 0, {}
+        for entry in entries:
+            end = offset + entry.nbytes
+            self._table[entry.name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        self._length = len(self._header(metadata))
+        self._length += -(8 + self._length) % _HEADER_ALIGNMENT
+        self._expected = 8 + self._length + offset
+        self._file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
+        self._file.write(b"\0" * (8 + self._length))
+
+    def write(self, data: NDArray[Any]) -> None:
+        """Append the bytes of a contiguous array."""
+        self._file.write(data.reshape(-1).view(np.uint8))
+
+    def commit(self, metadata: dict[str, Any]) -> None:
+        """Complete the header, make all bytes durable, and show the file under its name."""
+        if self._file.tell() != self._expected:
+            raise RuntimeError(f"wrote {self._file.tell()} bytes of {self._expected}")
+        header = self._header(metadata)
+        if len(header) > self._length:
+            raise RuntimeError(f"metadata grew from {self._length} to {len(header)} bytes")
+        self._file.seek(0)
+        self._file.write(self._length.to_bytes(8, "little") + header.ljust(self._length))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.temporary, self.path)
+        sync_directory(self.path.parent)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            # Closing flushes, which fails once more where the disk is full.
+            self._file.close()
+        except OSError:
+            if kind is None:
+                raise
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+    def _header(self, metadata: dict[str, Any]) -> bytes:
+        text = canonical_json(metadata)
+        table = {"__metadata__": {METADATA_KEY: text, "format": "pt"}, **self._table}
+        return json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def canonical_json(data: Any) -> str:
+    """JSON with sorted keys and no white space: equal data, equal text."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a folder durable (where the system can)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a small text file as a whole, durably."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)

@@ -1,0 +1,1 @@
+"""One tracker core and a thin backend for each framework."""

@@ -1,0 +1,205 @@
+"""What every tracker does, whatever the framework: names, roles, and the errors about them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from posthoc_ema.errors import StructureError
+from posthoc_ema.snapshots import AverageSource, CopySource
+
+FLOATING = frozenset(
+    {"F64", "F32", "F16", "BF16", "C64", "C128"}
+    | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"}
+)
+CHUNK = 1 << 20
+"""Elements handed to the snapshot writer at once."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a model.
+
+    Attributes:
+        name: Unwrapped name.
+        shape: Shape in the model.
+        dtype: Safetensors name of the model's own type.
+        averaged: Averaged, or copied as it is (buffers, integers).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    averaged: bool
+
+    @property
+    def kept(self) -> str:
+        """Precision of the average: float64 for 64-bit weights, else float32."""
+        return "F64" if self.dtype in ("F64", "C128") else "F32"
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """Shape of the average: complex numbers are pairs of reals."""
+        return (*self.shape, 2) if self.dtype.startswith("C") else self.shape
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors to track, by shell-style patterns of their names."""
+
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+    ) -> Selection:
+        """From the arguments as users give them: one pattern, several, or None."""
+        return cls(_patterns(include), _patterns(exclude) or ())
+
+    def __call__(self, name: str) -> bool:
+        chosen = self.include is None or any(fnmatchcase(name, p) for p in self.include)
+        return chosen and not any(fnmatchcase(name, p) for p in self.exclude)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Each pattern must match something: a misspelt one would silently track the wrong set.
+
+        Raises:
+            StructureError: If a pattern matches no name.
+        """
+        for pattern in (*(self.include or ()), *self.exclude):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(list(names)[:8])
+                raise StructureError(
+                    f"the pattern {pattern!r} matches no tensor of the model; its names are "
+                    f"{shown}{', ...' if len(names) > 8 else ''}"
+                )
+
+
+def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+class Tracker(ABC):
+    """Averages of one model's tensors, one set for each track.
+
+    Attributes:
+        framework: Name of the framework.
+        specs: Tensors in the model's order.
+        aliases: Tied names, each with the name that is tracked.
+    """
+
+    framework: str
+    specs: list[TensorSpec]
+    aliases: dict[str, str]
+
+    @property
+    def averaged(self) -> list[TensorSpec]:
+        """Tensors that are averaged."""
+        return [spec for spec in self.specs if spec.averaged]
+
+    @abstractmethod
+    def check(self, model: Any) -> None:
+        """Make sure that the model is still the one that was bound, at small cost.
+
+        Raises:
+            StructureError: If tensors appeared, vanished or changed shape.
+        """
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether all weights to be averaged are finite."""
+
+    @abstractmethod
+    def update(self, weights: Sequence[float] | None) -> None:
+        """Move averages: average ← average + weight·(current - average), a weight each track.
+
+        With None the averages become copies of the current weights.
+        """
+
+    @abstractmethod
+    def average(self, track: int, name: str) -> Any:
+        """A copy of one average in the framework's own kind, in its own shape."""
+
+    @abstractmethod
+    def load(self, track: int, name: str, value: Any) -> None:
+        """Set one average from an array of any framework."""
+
+    @abstractmethod
+    def average_sources(self, track: int) -> list[AverageSource]:
+        """The averages of one track on their way to a file."""
+
+    @abstractmethod
+    def copy_sources(self) -> list[CopySource]:
+        """Buffers and integer tensors as they are now."""
+
+    @abstractmethod
+    def assemble(self, averages: Mapping[str, Any]) -> Any:
+        """A model state in the form the user gave it, from averages by name."""
+
+    @abstractmethod
+    def applied(self, model: Any, track: int) -> AbstractContextManager[Any]:
+        """Put averages in place of the weights, and the weights back at the end."""
+
+
+def check_specs(bound: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
+    """Compare a model with the one that was bound.
+
+    Raises:
+        StructureError: Naming what appeared, vanished or changed.
+    """
+    before = {spec.name: spec for spec in bound}
+    now = {spec.name: spec for spec in found}
+    problems = [f"{name} appeared" for name in now if name not in before]
+    problems += [f"{name} vanished" for name in before if name not in now]
+    for name in now:
+        if name in before and now[name].shape != before[name].shape:
+            problems.append(f"{name} changed from shape {before[name].shape} to {now[name].shape}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise StructureError(
+            f"the model changed since its averages began: {'; '.join(problems[:5])}{more}. "
+            "Start a new EMA for the changed model, or leave such tensors out with exclude="
+        )
+
+
+def flatten_mapping(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings by dotted names; a flat mapping keeps its names."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten_mapping(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def unflatten_like(tree: Mapping[str, Any], leaves: Mapping[str, Any], prefix: str = "") -> Any:
+    """Nested mappings of the same form with other leaves; leaves without a new value stay."""
+    return {
+        key: unflatten_like(value, leaves, f"{prefix}{key}.")
+        if isinstance(value, Mapping)
+        else leaves.get(f"{prefix}{key}", value)
+        for key, value in tree.items()
+    }
+
+
+def unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Name to leaf, refusing names that only differ in how they nest.
+
+    Raises:
+        StructureError: If two leaves have the same dotted name.
+    """
+    named: dict[str, Any] = {}
+    for name, leaf in pairs:
+        if name in named:
+            raise StructureError(
+                f"two leaves of the model are both called {name!r}; rename one, or exclude it"
+            )
+        named[name] = leaf
+    return named

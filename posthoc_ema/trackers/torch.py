@@ -1,0 +1,442 @@
+"""The tracker for PyTorch: modules, and mappings of tensors.
+
+An update reads every weight and reads and writes every average, and can do no less. What it
+need not do is walk the module, call a kernel for each tensor, or bring a weight into the cache
+once for each track. So the averages of one type and device are one flat vector for each track;
+large tensors are taken in chunks that serve all tracks while in cache, small ones are gathered
+into a block first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+
+from posthoc_ema.errors import StructureError
+from posthoc_ema.snapshots import AverageSource, CopySource
+from posthoc_ema.trackers.base import (
+    CHUNK,
+    FLOATING,
+    Selection,
+    TensorSpec,
+    Tracker,
+    check_specs,
+    flatten_mapping,
+    unflatten_like,
+    unique_names,
+)
+
+_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.complex128: "C128", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}  # fmt: skip
+_KEPT = {"F32": torch.float32, "F64": torch.float64}
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+_SMALL = 1 << 14  # below this many elements a call costs more than a copy into a block
+_BLOCK = 1 << 20  # elements gathered at most: 4 MB of float32
+_CPU_CHUNK = 1 << 18  # source and averages of one chunk stay in the cache of a core
+
+
+@dataclass
+class _Pool:
+    """Averages of one type on one device: a flat vector for each track."""
+
+    dtype: torch.dtype
+    device: torch.device
+    names: list[str] = field(default_factory=list)
+    size: int = 0
+    flats: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the average of one tensor lies in its pool, and in which order of its elements."""
+
+    pool: _Pool
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, track: int) -> torch.Tensor:
+        """The average, in its own shape (a view)."""
+        return self.pool.flats[track].as_strided(self.shape, self.stride, self.start)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One step of an update: ``sources`` end to end are the current values of ``averages``."""
+
+    sources: list[torch.Tensor]
+    averages: list[torch.Tensor]
+    scratch: torch.Tensor | None  # where to gather or convert; None if the source serves as it is
+
+
+class TorchTracker(Tracker):
+    """Averages of a module's parameters, or of a mapping from names to tensors."""
+
+    framework = "torch"
+
+    def __init__(
+        self, model: Any, select: Selection, tracks: int, device: str | torch.device | None
+    ) -> None:
+        self._select, self._model = select, model
+        self._binding = _bind(model, select, first=True)
+        self.specs, self.aliases = self._binding.specs, self._binding.aliases
+        self._places: dict[str, _Place] = {}
+        pools: dict[tuple[torch.dtype, torch.device], _Pool] = {}
+        for spec in self.averaged:
+            tensor = self._binding.real(spec.name)
+            key = (_KEPT[spec.kept], torch.device(device) if device else tensor.device)
+            pool = pools.setdefault(key, _Pool(*key))
+            stop = pool.size + tensor.numel()
+            stride = tensor.stride() if _is_dense(tensor) else _contiguous_stride(tensor.shape)
+            self._places[spec.name] = _Place(
+                pool, pool.size, stop, tuple(tensor.shape), tuple(stride)
+            )
+            pool.names.append(spec.name)
+            pool.size = stop
+        self._pools = list(pools.values())
+        for pool in self._pools:
+            pool.flats = [
+                torch.zeros(pool.size, dtype=pool.dtype, device=pool.device) for _ in range(tracks)
+            ]
+        self._tracks = range(tracks)
+        self._plan()
+
+    def check(self, model: Any) -> None:
+        """Notice replaced, moved or converted tensors without walking the module."""
+        binding = self._binding
+        if model is not self._model or not binding.is_current():
+            binding = _bind(model, self._select)
+            check_specs(self.specs, binding.specs)
+            self._model = model
+        if binding is not self._binding or binding.pointers() != self._pointers:
+            self._binding = binding
+            self._plan()
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all weights to be averaged are finite; waits for the device once."""
+        averaged = [self._binding.tensors[spec.name] for spec in self.averaged]
+        sums = [tensor.sum() for tensor in averaged]  # finite only if every element is
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for total in sums:
+            by_device.setdefault(total.device, []).append(total.isfinite())
+        if all(bool(torch.stack(flags).all()) for flags in by_device.values()):
+            return True
+        # Or a sum of finite values overflowed.
+        return all(bool(tensor.isfinite().all()) for tensor in averaged)
+
+    @torch.no_grad()
+    def update(self, weights: Sequence[float] | None) -> None:
+        """Move every average towards the current tensors; never waits for the device."""
+        for piece in self._pieces:
+            source = piece.sources[0]
+            if piece.scratch is not None:
+                source = piece.scratch
+                if len(piece.sources) > 1:
+                    torch.cat(piece.sources, out=source)
+                else:
+                    source.copy_(piece.sources[0])
+            if weights is None:
+                for average in piece.averages:
+                    average.copy_(source)
+            else:
+                for average, weight in zip(piece.averages, weights, strict=True):
+                    average.lerp_(source, weight)
+        for name in self._gathered:  # views that do not lie densely in memory
+            source = self._binding.real(name)
+            for track in self._tracks:
+                average = self._places[name].of(track)
+                moved = source.to(average.device, average.dtype)
+                if weights is None:
+                    average.copy_(moved)
+                else:
+                    average.lerp_(moved, weights[track])
+
+    def average(self, track: int, name: str) -> torch.Tensor:
+        """A copy of one average, in the memory order of its parameter."""
+        values = self._places[name].of(track).clone()
+        return torch.view_as_complex(values) if self._dtype(name).startswith("C") else values
+
+    @torch.no_grad()
+    def load(self, track: int, name: str, value: Any) -> None:
+        """Set one average."""
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        self._places[name].of(track).copy_(_real(tensor))
+
+    def average_sources(self, track: int) -> list[AverageSource]:
+        """The averages of one track on their way to a file."""
+        return [
+            AverageSource(
+                spec.name,
+                spec.kept_shape,
+                spec.kept,
+                spec.dtype,
+                partial(_chunks, self._places[spec.name].of(track)),
+            )
+            for spec in self.averaged
+        ]
+
+    def copy_sources(self) -> list[CopySource]:
+        """Buffers and integer tensors as they are now."""
+        self._binding = _bind(self._model, self._select)
+        check_specs(self.specs, self._binding.specs)
+        self._plan()
+        sources = []
+        for spec in self.specs:
+            if not spec.averaged:
+                tensor = self._binding.tensors[spec.name].detach().cpu().contiguous()
+                data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else _NOTHING
+                sources.append(CopySource(spec.name, spec.shape, spec.dtype, data))
+        return sources
+
+    def assemble(self, averages: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict with unwrapped names (or a mapping of the given form)."""
+        copies = {
+            spec.name: self._binding.tensors[spec.name].detach().clone()
+            for spec in self.specs
+            if not spec.averaged
+        }
+        values = {**copies, **averages}
+        if isinstance(self._model, torch.nn.Module):
+            state = {spec.name: values[spec.name] for spec in self.specs}
+            return {**state, **{alias: state[name] for alias, name in self.aliases.items()}}
+        values.update({a: values[name] for a, name in self.aliases.items() if name in values})
+        return dict(unflatten_like(self._model, values))
+
+    @contextmanager
+    def applied(self, model: Any, track: int) -> Iterator[Any]:
+        """Overwrite weights in place; at the end restore them, buffers and train/eval modes."""
+        binding = _bind(model, self._select)
+        check_specs(self.specs, binding.specs)
+        saved = {name: tensor.detach().clone() for name, tensor in binding.tensors.items()}
+        modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+        modes = [module.training for module in modules]
+        try:
+            with torch.no_grad():
+                for spec in self.averaged:
+                    binding.real(spec.name).copy_(self._places[spec.name].of(track))
+            yield model
+        finally:
+            with torch.no_grad():
+                for name, values in saved.items():
+                    binding.tensors[name].detach().copy_(values)
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+
+    def _dtype(self, name: str) -> str:
+        return next(spec.dtype for spec in self.specs if spec.name == name)
+
+    def _plan(self) -> None:
+        """Cut the work of an update into pieces; holds until a tensor moves in memory."""
+        self._pointers = self._binding.pointers()
+        self._pieces: list[_Piece] = []
+        self._gathered: list[str] = []
+        for pool in self._pools:
+            chunk = _CPU_CHUNK if pool.device.type == "cpu" else pool.size
+            scratch = torch.empty(min(_BLOCK, pool.size), dtype=pool.dtype, device=pool.device)
+            block: list[tuple[torch.Tensor, _Place]] = []
+            filled = 0
+            for name in pool.names:
+                place = self._places[name]
+                tensor = self._binding.real(name)
+                count = tensor.numel()
+                if tensor.stride() != place.stride and not _same_order(tensor, place.stride):
+                    self._gathered.append(name)
+                    block, filled = self._close(block, scratch), 0
+                    continue
+                flat = tensor.as_strided((count,), (1,), tensor.storage_offset())
+                if count < _SMALL:
+                    if filled + count > scratch.numel() or _differs(flat, block):
+                        block, filled = self._close(block, scratch), 0
+                    if count:
+                        block.append((flat, place))
+                        filled += count
+                    continue
+                block, filled = self._close(block, scratch), 0
+                direct = flat.dtype == pool.dtype and flat.device == pool.device
+                step = chunk if direct else min(chunk, scratch.numel())
+                for start in range(0, count, step):
+                    stop = min(start + step, count)
+                    self._pieces.append(
+                        _Piece(
+                            [flat[start:stop]],
+                            [f[place.start + start : place.start + stop] for f in pool.flats],
+                            None if direct else scratch[: stop - start],
+                        )
+                    )
+            self._close(block, scratch)
+
+    def _close(self, block: list[tuple[torch.Tensor, _Place]], scratch: torch.Tensor) -> list[Any]:
+        """Make a piece of the small tensors gathered so far; they lie end to end in the pool."""
+        if block:
+            start, stop = block[0][1].start, block[-1][1].stop
+            flats = block[0][1].pool.flats
+            self._pieces.append(
+                _Piece(
+                    [flat for flat, _ in block],
+                    [flat[start:stop] for flat in flats],
+                    scratch[: stop - start],
+                )
+            )
+        return []
+
+
+@dataclass
+class _Binding:
+    """The tensors of a model, found once."""
+
+    specs: list[TensorSpec]
+    tensors: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+    # How the module led to them: each of these must still be so, or it is walked again.
+    holders: list[dict[str, Any]] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._averaged = [self.tensors[spec.name] for spec in self.specs if spec.averaged]
+
+    def is_current(self) -> bool:
+        """Whether the module still holds the very same parameters and submodules."""
+        found = list(chain.from_iterable(holder.values() for holder in self.holders))
+        return len(found) == len(self.held) and all(map(is_, found, self.held))
+
+    def pointers(self) -> list[int]:
+        """Addresses of the averaged tensors: they change when storage is replaced."""
+        return list(map(torch.Tensor.data_ptr, self._averaged))
+
+    def real(self, name: str) -> torch.Tensor:
+        """One tensor, detached, complex numbers as pairs of reals."""
+        return _real(self.tensors[name].detach())
+
+
+def _bind(model: Any, select: Selection, first: bool = False) -> _Binding:
+    """Find all tensors of a model by their unwrapped names."""
+    if isinstance(model, torch.nn.Module):
+        named, holders = _walk(_unwrap(model))
+    else:
+        named, holders = list(flatten_mapping(model)), []
+        parameters: set[int] = set()
+        unique_names(named)
+    if isinstance(model, torch.nn.Module):
+        parameters = {id(p) for p in model.parameters()}
+    if first:
+        select.check([name for name, _ in named])
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    specs: list[TensorSpec] = []
+    names: dict[int, str] = {}
+    for name, tensor in named:
+        if not select(name):
+            continue
+        _check_tensor(name, tensor)
+        known = names.setdefault(id(tensor), name)
+        if known != name:
+            aliases[name] = known
+            continue
+        tensors[name] = tensor
+        dtype = _DTYPES[tensor.dtype]
+        trained = id(tensor) in parameters or not isinstance(model, torch.nn.Module)
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, trained and dtype in FLOATING))
+    held = list(chain.from_iterable(holder.values() for holder in holders))
+    return _Binding(specs, tensors, aliases, holders, held)
+
+
+def _walk(model: torch.nn.Module) -> tuple[list[tuple[str, torch.Tensor]], list[dict[str, Any]]]:
+    """Parameters and persistent buffers as ``state_dict`` orders them, without its hooks."""
+    named: list[tuple[str, torch.Tensor]] = []
+    holders: list[dict[str, Any]] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        path = [part for part in prefix.split(".") if part and part not in _WRAPPERS]
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                named.append((".".join([*path, key]), parameter))
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                named.append((".".join([*path, key]), buffer))
+        holders += [module._parameters, module._modules]
+    return named, holders
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The user's own module inside ``torch.compile`` and data-parallel wrappers."""
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise StructureError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    problem = None
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        problem = "is not initialised yet; run the model once before the first update"
+    elif hasattr(tensor, "to_local"):
+        problem = "is a DTensor (FSDP2, tensor parallel), which this version cannot track"
+    elif tensor.is_meta:
+        problem = "is on the meta device and holds no values; materialise the model first"
+    elif tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
+        problem = f"has layout {tensor.layout} and type {tensor.dtype}, which cannot be stored"
+    if problem:
+        raise StructureError(f"{name} {problem} (or leave it out with exclude={name!r})")
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta").stride()
+
+
+def _same_order(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
+    """Whether memory order agrees although strides of single-element axes differ."""
+    pairs = zip(tensor.shape, tensor.stride(), stride, strict=True)
+    return tensor.numel() == 0 or all(size == 1 or a == b for size, a, b in pairs)
+
+
+def _differs(flat: torch.Tensor, block: Sequence[tuple[torch.Tensor, _Place]]) -> bool:
+    """Whether a tensor cannot be gathered with those before: another type or device."""
+    return bool(block) and (flat.dtype, flat.device) != (block[0][0].dtype, block[0][0].device)
+
+
+def _chunks(average: torch.Tensor) -> Iterator[Any]:
+    """Pieces of an average in the order of its shape, on the CPU, without copying all of it."""
+    flat = average.reshape(-1)  # copies if the memory order is another: one tensor at a time
+    for start in range(0, flat.numel(), CHUNK):
+        yield flat[start : start + CHUNK].cpu().numpy()
+
+
+_NOTHING = np.empty(0, np.uint8)
