@@ -70,7 +70,8 @@ def load_dataset(name: str, split: Literal["train", "held_out"] = "train") -> Da
         ValueError: If there is no data set of this name.
     """
     if name != "digits":
-        raise ValueError(f"unknown data set {name!r}; 'digits' is built in")
+        problem = f"unknown data set {name!r}" if name else "no data set given"
+        raise ValueError(f"{problem}; 'digits' is built in")
     images, labels = load_digits(split)
     return Dataset(images, labels, num_classes=10)
 
