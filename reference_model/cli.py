@@ -148,7 +148,7 @@ def train(
 @click.option(
     "--seeds", default="0-63", show_default=True, help="One image for each, as in 0-9,17."
 )
-@click.option("--class", "class_label", type=int, help="Class of all images; otherwise random.")
+@click.option("--classes", help="Classes, taken in turn, as in 0-9; otherwise random.")
 @click.option("--num-steps", default=32, show_default=True, help="Steps of the solver.")
 @click.option("--batch-size", default=64, show_default=True, help="Does not change the images.")
 @click.option("--scale", type=click.IntRange(min=1), help="Magnification of the pixels.")
@@ -158,7 +158,7 @@ def generate(
     sigma_rel: float | None,
     raw: bool,
     seeds: str,
-    class_label: int | None,
+    classes: str | None,
     num_steps: int,
     batch_size: int,
     scale: int | None,
@@ -176,9 +176,9 @@ def generate(
         grid = run_generate(
             run_dir,
             out,
-            parse_seeds(seeds),
+            parse_numbers(seeds, "seeds"),
             sigma_rel=sigma_rel,
-            class_labels=class_label,
+            classes=None if classes is None else parse_numbers(classes, "classes"),
             scale=scale,
             num_steps=num_steps,
             batch_size=batch_size,
@@ -186,19 +186,19 @@ def generate(
     click.echo(f"Wrote {grid}")
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_numbers(text: str, what: str) -> list[int]:
     """Read numbers and inclusive ranges: "0-3,10" is [0, 1, 2, 3, 10].
 
     Raises:
         click.UsageError: If the text is anything else.
     """
-    seeds: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            seeds += range(int(first), int(last if dash else first) + 1)
+            numbers += range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            raise click.UsageError(f"seeds must look like 0-63 or 1,5,9 (got {text!r})") from None
-    if not seeds:
-        raise click.UsageError(f"seeds must name at least one number (got {text!r})")
-    return seeds
+            raise click.UsageError(f"{what} must look like 0-63 or 1,5,9 (got {text!r})") from None
+    if not numbers:
+        raise click.UsageError(f"{what} must name at least one number (got {text!r})")
+    return numbers

@@ -24,7 +24,7 @@ def generate(
     seeds: Sequence[int],
     *,
     sigma_rel: float | None,
-    class_labels: Tensor | int | None = None,
+    classes: Sequence[int] | None = None,
     scale: int | None = None,
     progress: bool = True,
     **options: Any,
@@ -36,7 +36,7 @@ def generate(
         out: Directory to write to; made if need be.
         seeds: One non-negative integer for each image.
         sigma_rel: EMA length to reconstruct; `None` for the raw weights.
-        class_labels: Class of each image, or one for all; `None` draws them from the seeds.
+        classes: Classes that the images take in turn; `None` draws them from the seeds.
         scale: Whole-number magnification; `None` enlarges small images to 32 pixels or more.
         progress: Whether to show a progress bar.
         **options: Passed to `generate_images`.
@@ -52,7 +52,10 @@ def generate(
         snapshots = Path(run_dir) / SNAPSHOTS
         weights = reconstruct(snapshots, sigma_rel, framework="torch").state_dict()
     net = load_network(run_dir, weights)
-    images = generate_images(net, seeds, class_labels, progress=progress, **options)
+    labels = None
+    if classes is not None:
+        labels = torch.tensor([classes[i % len(classes)] for i in range(len(seeds))])
+    images = generate_images(net, seeds, labels, progress=progress, **options)
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-from reference_model.cli import main, parse_seeds
+from reference_model.cli import main, parse_numbers
 from reference_model.configs import NetworkConfig, TrainConfig
 from reference_model.generate import tile, to_pil
 from reference_model.presets import PRESETS, preset
@@ -157,12 +157,21 @@ def test_generate_writes_each_image_and_a_grid(finished: Path, tmp_path: Path) -
 
 def test_generated_weights_can_be_raw(finished: Path, tmp_path: Path) -> None:
     base = ["generate", "--run-dir", str(finished), "--num-steps", "3", "--seeds", "1"]
-    base += ["--scale", "1", "--class", "4"]
+    base += ["--scale", "1", "--classes", "4"]
     run(*base, "--raw", "--out", str(tmp_path / "raw"))
     run(*base, "--sigma-rel", "0.25", "--out", str(tmp_path / "long"))
     raw, long = (pixels(tmp_path / name / "seed000001.png") for name in ("raw", "long"))
     assert raw.shape == (8, 8)
     assert (raw != long).any()
+
+
+def test_classes_are_taken_in_turn(finished: Path, tmp_path: Path) -> None:
+    base = ["generate", "--run-dir", str(finished), "--num-steps", "3", "--raw", "--scale", "1"]
+    run(*base, "--seeds", "1-3", "--classes", "4,7", "--out", str(tmp_path / "both"))
+    run(*base, "--seeds", "3", "--classes", "4", "--out", str(tmp_path / "one"))
+    both, one = (pixels(tmp_path / name / "seed000003.png").astype(int) for name in ("both", "one"))
+    # The last bit of float32 can turn a rounding to eight bits.
+    assert abs(both - one).max() <= 1
 
 
 def test_generate_needs_one_choice_of_weights(finished: Path, tmp_path: Path) -> None:
@@ -177,7 +186,7 @@ def test_generate_from_nothing_is_explained(tmp_path: Path) -> None:
 
 
 def test_seeds_are_numbers_and_ranges() -> None:
-    assert parse_seeds("0-3,10, 12") == [0, 1, 2, 3, 10, 12]
+    assert parse_numbers("0-3,10, 12", "seeds") == [0, 1, 2, 3, 10, 12]
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-", "5-2"])
@@ -185,7 +194,7 @@ def test_other_seeds_are_refused(text: str) -> None:
     from click import UsageError
 
     with pytest.raises(UsageError, match="seeds must"):
-        parse_seeds(text)
+        parse_numbers(text, "seeds")
 
 
 def test_tile_lays_out_rows() -> None:
