@@ -35,7 +35,7 @@ from posthoc_ema.reconstruct import reconstruct as reconstruct
 from posthoc_ema.schedule import AtTimes as AtTimes
 from posthoc_ema.schedule import Every as Every
 from posthoc_ema.schedule import beta as beta
-from posthoc_ema.snapshots import Snapshot as Snapshot
+from posthoc_ema.snapshot_file import Snapshot as Snapshot
 from posthoc_ema.snapshots import SnapshotStore as SnapshotStore
 from posthoc_ema.solve import Solution as Solution
 from posthoc_ema.solve import solve as solve

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from numbers import Integral
@@ -15,7 +14,8 @@ from posthoc_ema.encoding import check_encoding
 from posthoc_ema.errors import NonFiniteError, StateError, StructureError
 from posthoc_ema.profiles import Profile, as_profile, profile_from_dict
 from posthoc_ema.schedule import Every, Schedule, update_weight
-from posthoc_ema.snapshots import RunIdentity, Snapshot, SnapshotStore
+from posthoc_ema.snapshot_file import RunIdentity, Snapshot
+from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.trackers.base import Selection, Tracker, flatten_mapping
 
 STATE_VERSION = 1
@@ -81,8 +81,8 @@ class EMA:
         unit: str = "steps",
         nonfinite: str = "ignore",
     ) -> None:
-        one = isinstance(sigma_rel, Profile | int | float)
-        self._profiles = [as_profile(s) for s in ([sigma_rel] if one else sigma_rel)]  # type: ignore[union-attr, list-item]
+        listed: Any = sigma_rel if isinstance(sigma_rel, Iterable) else [sigma_rel]
+        self._profiles = [as_profile(value) for value in listed]
         if not self._profiles or len(set(self._profiles)) < len(self._profiles):
             raise ValueError(f"sigma_rel must name at least one track, each once (got {sigma_rel})")
         for profile in self._profiles:
@@ -101,7 +101,7 @@ class EMA:
         self.skipped = 0
         """Updates left out because a weight was NaN or infinite."""
 
-        self._run_id = secrets.token_hex(8)
+        self._run_id = os.urandom(8).hex()
         self._t: float = 0
         self._t_first: float = 0
         self._clock: float = 0  # like t, but skipped updates count
@@ -109,7 +109,7 @@ class EMA:
         self._handled: float = 0  # up to where due snapshots are on disk
         self._claimed = self._swapped = False
         self._tracker: Tracker | None = None
-        self._pending: list[Mapping[str, Any]] | None = None
+        self._pending: list[dict[str, Any]] | None = None
 
     @property
     def t(self) -> float:
@@ -437,7 +437,6 @@ def _leaves(model: Any) -> list[Any]:
 def _writes_snapshots() -> bool:
     """Under torch.distributed every process holds the same averages: the first one writes."""
     torch = sys.modules.get("torch")
-    distributed = torch is not None and torch.distributed.is_available()
-    if not distributed or not torch.distributed.is_initialized():
+    if torch is None or not torch.distributed.is_available():
         return True
-    return bool(torch.distributed.get_rank() == 0)
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

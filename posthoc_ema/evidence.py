@@ -10,7 +10,7 @@ import numpy as np
 
 from posthoc_ema.encoding import ITEM_SIZE, decode_into
 from posthoc_ema.movement import Movement, fit_movement, neighbours
-from posthoc_ema.snapshots import Snapshot, sum_of_squares
+from posthoc_ema.snapshot_file import Snapshot, sum_of_squares
 from posthoc_ema.tensorfile import read_range
 
 if TYPE_CHECKING:
@@ -100,14 +100,14 @@ def sample_weights(snapshots: Sequence[Snapshot], seed: int = 0) -> NDArray[Any]
         offsets = np.random.default_rng(seed).uniform(0, max(stratum - _RUN, 0), number)
         starts = (np.arange(number) * stratum + offsets).astype(np.int64)
 
-    pieces: list[tuple[str, int, int]] = []
-    for start in starts:
-        stop = min(int(start) + _RUN, total)
+    pieces: list[tuple[str, int, int]] = []  # name, first element, number of elements
+    for start in starts.tolist():
+        stop = min(start + _RUN, total)
         k = int(np.searchsorted(ends, start, "right"))
         while start < stop:
             end = min(stop, int(ends[k]))
             if end > start:
-                pieces.append((names[k], int(start - (ends[k] - counts[k])), int(end - start)))
+                pieces.append((names[k], start - int(ends[k] - counts[k]), end - start))
             start, k = end, k + 1
 
     out = np.empty((len(snapshots), sum(size for _, _, size in pieces)), np.float32)

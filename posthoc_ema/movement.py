@@ -124,7 +124,8 @@ def fit_movement(
     usable = distances > 0
     if not usable.any():
         return Movement(edges, np.zeros(len(edges) - 1))
-    first, second, distances, floor = (x[usable] for x in (first, second, distances, floor))
+    first, second = first[usable], second[usable]
+    distances, floor = distances[usable], floor[usable]
 
     nodes, weights = interval_quadrature(list(edges), float(edges[-1]))
     cumulative = np.stack([profile.cumulative(nodes, t) for t, profile in inputs])

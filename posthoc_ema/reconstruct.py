@@ -18,7 +18,8 @@ from posthoc_ema.errors import SnapshotError
 from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.profiles import PowerFunction, Profile, as_profile
 from posthoc_ema.sinks import FileSink, MemorySink
-from posthoc_ema.snapshots import CopySource, Snapshot, SnapshotStore
+from posthoc_ema.snapshot_file import CopySource, Snapshot
+from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.solve import METHODS, Solution, solve
 from posthoc_ema.streaming import Group, stream
 from posthoc_ema.tensorfile import read_header, read_range
@@ -162,6 +163,7 @@ def reconstruct(
 
     results = []
     for k, (goal, solution) in enumerate(zip(goals, solutions, strict=True)):
+        load: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
         if paths:
             load = partial(_load_files, files[k], usable[-1], framework)
         else:
@@ -201,7 +203,8 @@ def predict_error(
     usable, t = select_snapshots(snapshots, t)
     evidence = gather_evidence(usable)
     several = np.ndim(sigma_rel) > 0
-    targets = [(t, as_profile(s)) for s in (sigma_rel if several else [sigma_rel])]  # type: ignore[union-attr, list-item]
+    listed: Any = sigma_rel if several else [sigma_rel]
+    targets = [(t, as_profile(s)) for s in listed]
     inputs = [(s.t, s.profile) for s in usable]
     solution = solve(
         inputs, targets, method=method, movement=evidence.movement, noise=evidence.noise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.encoding import ITEM_SIZE
-from posthoc_ema.snapshots import CopySource
+from posthoc_ema.snapshot_file import CopySource
 from posthoc_ema.tensorfile import TensorEntry, TensorFileWriter, write_text_atomically
 
 if TYPE_CHECKING:

@@ -114,8 +114,9 @@ def solve(
     known = [(_time(t), as_profile(profile)) for t, profile in inputs]
     if not known:
         raise ValueError("solve needs at least one input (got none)")
-    single = len(targets) == 2 and np.isscalar(targets[0])
-    wanted = [(_time(t), as_profile(profile)) for t, profile in ([targets] if single else targets)]
+    single = len(targets) == 2 and np.ndim(targets[0]) == 0  # type: ignore[arg-type]
+    listed: Any = [targets] if single else targets
+    wanted = [(_time(t), as_profile(profile)) for t, profile in listed]
     if movement is None:
         movement = Movement.constant(max(t for t, _ in known))
     if noise is None:
@@ -146,7 +147,7 @@ def solve(
             if goal in subset:  # a stored average is itself, to the last bit
                 row[:] = 0
                 row[subset.index(goal)] = 1
-        out.coefficients[np.ix_(rows, usable)] = x
+        out.coefficients[np.array(rows)[:, None], usable] = x
         out.expected_square[rows] = kriging.expected_square(x)
         out.condition_number[rows] = condition
         out.profile_error[rows] = _profile_error(subset, goals, x)
@@ -211,7 +212,7 @@ class _Kriging:
         rows, goal, sigma = self.rows, self.goal, np.sqrt(self.noise)
         n = rows.shape[1]
         # Σx = 1 by elimination: x = e_j + Σ z_i (e_i - e_j), with j the best single input.
-        j = int(np.argmin(((rows[:, :, None] - goal[:, None, :1]) ** 2).sum(0)[:, 0] + self.noise))
+        j = int(np.argmin(((rows - goal[:, :1]) ** 2).sum(0) + self.noise))
         others = np.delete(np.arange(n), j)
         x = np.zeros((goal.shape[1], n))
         x[:, j] = 1
@@ -225,7 +226,8 @@ class _Kriging:
         right[-1] = -sigma[j]
         scale = np.sqrt((design**2).sum(0))
         scale[scale == 0] = 1  # a copy of input j, free of noise: nothing to choose
-        triangle = np.linalg.qr(np.concatenate([design / scale, right], axis=1), mode="r")
+        system = np.concatenate([design / scale, right], axis=1)
+        triangle = np.asarray(np.linalg.qr(system, mode="r"))
         u, s, vt = np.linalg.svd(triangle[: n - 1, : n - 1])
         kept = s > s[0] * n * np.finfo(np.float64).eps
         inverse = np.where(kept, 1 / np.where(kept, s, 1), 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +17,7 @@ import numpy as np
 
 from posthoc_ema.encoding import ITEM_SIZE, PageDigest, decode_into
 from posthoc_ema.errors import NonFiniteError
-from posthoc_ema.snapshots import Snapshot
+from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry, read_range
 
 if TYPE_CHECKING:
@@ -120,6 +119,8 @@ class _Reader:
     """Reads blocks of all files into the rows of a matrix, on all cores."""
 
     def __init__(self, files: Sequence[int], digests: Sequence[PageDigest | None]) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # slow to import
+
         self._files, self._digests = files, digests
         size = _MATRIX_BYTES // (4 * len(files)) // _ALIGNMENT * _ALIGNMENT
         self._size = int(np.clip(size, _ALIGNMENT, 64 * _ALIGNMENT))

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from posthoc_ema.errors import StructureError
-from posthoc_ema.snapshots import AverageSource, CopySource
+from posthoc_ema.snapshot_file import AverageSource, CopySource
 
 FLOATING = frozenset(
     {"F64", "F32", "F16", "BF16", "C64", "C128"}
@@ -62,6 +62,7 @@ class Selection:
         return cls(_patterns(include), _patterns(exclude) or ())
 
     def __call__(self, name: str) -> bool:
+        """Whether to track the tensor of this name."""
         chosen = self.include is None or any(fnmatchcase(name, p) for p in self.include)
         return chosen and not any(fnmatchcase(name, p) for p in self.exclude)
 

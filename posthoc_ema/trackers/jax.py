@@ -16,7 +16,7 @@ import numpy as np
 
 from posthoc_ema.encoding import numpy_dtype_name
 from posthoc_ema.errors import StructureError
-from posthoc_ema.snapshots import AverageSource, CopySource
+from posthoc_ema.snapshot_file import AverageSource, CopySource
 from posthoc_ema.trackers.base import (
     FLOATING,
     Selection,

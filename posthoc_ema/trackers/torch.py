@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from posthoc_ema.errors import StructureError
-from posthoc_ema.snapshots import AverageSource, CopySource
+from posthoc_ema.snapshot_file import AverageSource, CopySource
 from posthoc_ema.trackers.base import (
     CHUNK,
     FLOATING,

@@ -1,0 +1,361 @@
+"""One snapshot file: its identity, its weights, its digests; reading and writing it.
+
+``docs/snapshot_format.md`` is the contract.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posthoc_ema.encoding import (
+    ITEM_SIZE,
+    PageDigest,
+    as_numpy,
+    check_encoding,
+    decode_into,
+    encode,
+    stored_dtype,
+)
+from posthoc_ema.errors import (
+    CorruptSnapshotError,
+    ForeignSnapshotError,
+    NonFiniteError,
+    SnapshotError,
+    SnapshotVersionError,
+)
+from posthoc_ema.profiles import Profile, profile_from_dict
+from posthoc_ema.tensorfile import (
+    TensorEntry,
+    TensorFileWriter,
+    canonical_json,
+    read_header,
+    read_range,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+_CHUNK_BYTES = 4 << 20
+_NO_DIGEST = "0" * 16
+
+
+@dataclass(frozen=True)
+class AverageSource:
+    """One averaged tensor on its way to a file.
+
+    Attributes:
+        name: Its name in the state dict.
+        shape: Its shape; complex tensors have a trailing axis (real, imaginary).
+        kept: ``"F32"`` or ``"F64"``: the precision of the average in memory.
+        dtype: Safetensors name of the model's own type.
+        chunks: Yields the values in order, as contiguous 1-D arrays of the kept type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: str
+    dtype: str
+    chunks: Callable[[], Iterable[NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class CopySource:
+    """A buffer or integer tensor, copied as it is: its bytes, type and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What all snapshots of one run share.
+
+    Attributes:
+        run_id: Random; files of different runs never mix.
+        unit: Name of the unit of t, for people.
+        framework: ``"numpy"``, ``"torch"`` or ``"jax"``.
+        t_first: Time of the first update; the average holds its weights for all time before.
+    """
+
+    run_id: str
+    unit: str
+    framework: str
+    t_first: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One file of a store: its identity, without its weights.
+
+    Attributes:
+        path: The file.
+        t: Time of the average.
+        profile: Its averaging profile.
+        run: The run that it belongs to.
+        encoding: Storage precision.
+        averages: Averaged tensors and the model's own type of each.
+        aliases: Tied names, each with the name that is stored.
+        statistics: ``count``, ``mean_square`` of the weights, ``rounding_square`` of storage.
+        digests: Of the averages and of the copies.
+        entries: All tensors of the file, in the order of its bytes.
+        nbytes: Size of the file.
+    """
+
+    path: Path
+    t: float
+    profile: Profile
+    run: RunIdentity
+    encoding: str
+    averages: Mapping[str, str]
+    aliases: Mapping[str, str]
+    statistics: Mapping[str, float]
+    digests: Mapping[str, str]
+    entries: Mapping[str, TensorEntry]
+    nbytes: int
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Names of buffers and integer tensors, in the order of the file."""
+        return tuple(name for name in self.entries if name not in self.averages)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Snapshot:
+        """Read and check everything but the weights.
+
+        Raises:
+            CorruptSnapshotError: If the file is truncated or its header was damaged.
+            SnapshotVersionError: If a newer version of this library wrote it.
+            ForeignSnapshotError: If it is a safetensors file, but no snapshot.
+        """
+        path = Path(path)
+        header = read_header(path)
+        data = header.metadata
+        if data is None or "format_version" not in data:
+            raise ForeignSnapshotError(
+                f"{path} is a safetensors file but no snapshot of posthoc_ema; "
+                "move it out of the snapshot folder"
+            )
+        if data["format_version"] != FORMAT_VERSION:
+            raise SnapshotVersionError(
+                f"{path} has format version {data['format_version']}, this library reads "
+                f"{FORMAT_VERSION}; upgrade posthoc-ema"
+            )
+        try:
+            if data["digest"]["header"] != _header_digest(data, header.entries.values()):
+                raise ValueError("its digest does not match")
+            return cls(
+                path=path,
+                t=data["t"],
+                profile=profile_from_dict(data["profile"]),
+                run=RunIdentity(data["run_id"], data["unit"], data["framework"], data["t_first"]),
+                encoding=data["encoding"],
+                averages=dict(data["averages"]),
+                aliases=data["aliases"],
+                statistics=data["statistics"],
+                digests=data["digest"],
+                entries=header.entries,
+                nbytes=path.stat().st_size,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptSnapshotError(
+                f"{path} has a damaged header ({error}); restore it from a copy, or delete it"
+            ) from error
+
+    def read(self, name: str) -> NDArray[Any]:
+        """One tensor: averages as float32 (float64 if kept so), copies in their own type."""
+        entry = self._entry(name)
+        raw = np.empty(entry.nbytes, np.uint8)
+        with self.opened() as file:
+            read_range(file, entry.offset, raw)
+        if entry.name not in self.averages:
+            return as_numpy(raw, entry.dtype, entry.shape)
+        out = np.empty(entry.count, np.float64 if entry.dtype == "F64" else np.float32)
+        decode_into(raw, entry.dtype, out)
+        return out.reshape(entry.shape)
+
+    def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> None:
+        """Read every byte and compare with the digests.
+
+        Raises:
+            CorruptSnapshotError: If a byte changed or is missing.
+        """
+        buffer = np.empty(_CHUNK_BYTES, np.uint8)
+        with self.opened() as file:
+            for part, names in (("averages", [*self.averages]), ("copies", self.copies)):
+                digest, members = PageDigest(), set(names)
+                for entry in self.entries.values():
+                    if entry.name not in members:
+                        continue
+                    for start in range(0, entry.nbytes, _CHUNK_BYTES):
+                        piece = buffer[: min(_CHUNK_BYTES, entry.nbytes - start)]
+                        read_range(file, entry.offset + start, piece)
+                        digest.update(piece)
+                        progress(len(piece))
+                self.check_digest(part, digest)
+
+    def check_digest(self, part: str, digest: PageDigest) -> None:
+        """Compare a digest of the ``"averages"`` or ``"copies"`` with the stored one."""
+        if digest.hexdigest() != self.digests[part]:
+            raise CorruptSnapshotError(
+                f"{self.path} is damaged: the digest of its {part} does not match, so at least "
+                "one byte changed after it was written. Restore it from a copy, or delete it to "
+                "reconstruct from the others"
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """The open file, errors translated to name it."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise SnapshotError(f"cannot open {self.path}: {error.strerror}") from error
+        try:
+            yield descriptor
+        except EOFError as error:
+            raise CorruptSnapshotError(
+                f"{self.path} was truncated while it was read ({error})"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def _entry(self, name: str) -> TensorEntry:
+        name = self.aliases.get(name, name)
+        if name not in self.entries:
+            raise KeyError(f"{self.path} holds no tensor {name!r}")
+        return self.entries[name]
+
+
+def write_snapshot(
+    path: Path,
+    run: RunIdentity,
+    t: float,
+    profile: Profile,
+    averages: Sequence[AverageSource],
+    copies: Sequence[CopySource] = (),
+    aliases: Mapping[str, str] | None = None,
+    encoding: str = "float32",
+) -> None:
+    """Write one file, in two passes over the averages and without a copy of them.
+
+    Args:
+        path: Where; durable and complete when this returns, absent if it raises.
+        run: What it shares with the other snapshots of its run.
+        t: Time of the average.
+        profile: Its averaging profile.
+        averages: Averaged tensors, streamed in chunks.
+        copies: Buffers and integer tensors.
+        aliases: Tied names, each with the name that is stored.
+        encoding: Storage precision; float16 gives way to the precision in memory for a tensor
+            whose values it cannot hold.
+
+    Raises:
+        NonFiniteError: If an average holds NaN or infinity.
+        OSError: If the file cannot be written.
+    """
+    check_encoding(encoding)
+    entries, size = _plan_file(path, averages, copies, encoding)
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "run_id": run.run_id,
+        "t": t,
+        "t_first": run.t_first,
+        "unit": run.unit,
+        "framework": run.framework,
+        "profile": profile.to_dict(),
+        "encoding": encoding,
+        # Pairs, not a mapping: the model's order shall survive.
+        "averages": [[source.name, source.dtype] for source in averages],
+        "aliases": dict(aliases or {}),
+    }
+    empty = {"averages": _NO_DIGEST, "copies": _NO_DIGEST, "header": _NO_DIGEST}
+    # The digits of a float vary in number: reserve the longest.
+    longest = {**size, "rounding_square": -1.2345678901234567e-300}
+    sources = {source.name: source for source in averages}
+    copied = {source.name: source for source in copies}
+    digests = {"averages": PageDigest(), "copies": PageDigest()}
+    rounding = 0.0
+    with TensorFileWriter(
+        path, entries, {**identity, "statistics": longest, "digest": empty}
+    ) as writer:
+        for entry in entries:
+            if entry.name in copied:
+                digests["copies"].update(copied[entry.name].data)
+                writer.write(copied[entry.name].data)
+                continue
+            for chunk in sources[entry.name].chunks():
+                stored = encode(chunk, entry.dtype).view(np.uint8)
+                digests["averages"].update(stored)
+                writer.write(stored)
+                rounding += _rounding_square(chunk, stored, entry.dtype)
+        metadata = {
+            **identity,
+            "statistics": {**size, "rounding_square": rounding / max(size["count"], 1)},
+            "digest": {part: digest.hexdigest() for part, digest in digests.items()},
+        }
+        metadata["digest"] = {**metadata["digest"], "header": _header_digest(metadata, entries)}
+        writer.commit(metadata)
+
+
+def _plan_file(
+    path: Path, averages: Sequence[AverageSource], copies: Sequence[CopySource], encoding: str
+) -> tuple[list[TensorEntry], dict[str, float]]:
+    """First pass over the values: are they finite, how large, and so in what type stored."""
+    entries, total, count = [], 0.0, 0
+    for source in averages:
+        square, largest, size = 0.0, 0.0, 0
+        for chunk in source.chunks():
+            square += sum_of_squares(chunk)
+            if encoding == "float16" and len(chunk):
+                largest = max(largest, float(chunk.max()), -float(chunk.min()))
+            size += len(chunk)
+        if not np.isfinite(square):
+            raise NonFiniteError(
+                f"the average of {source.name!r} holds NaN or infinity, so {path} was not "
+                "written. Resume from a checkpoint before the weights went bad; "
+                'EMA(nonfinite="skip") leaves such steps out of the averages'
+            )
+        dtype = stored_dtype(encoding, source.kept, largest, (square / max(size, 1)) ** 0.5)
+        entries.append(TensorEntry(source.name, dtype, source.shape))
+        total, count = total + square, count + size
+    entries += [TensorEntry(source.name, source.dtype, source.shape) for source in copies]
+    # Larger elements first, so that every tensor is aligned to its own type.
+    entries.sort(key=lambda entry: -ITEM_SIZE[entry.dtype])
+    return entries, {"count": count, "mean_square": total / max(count, 1)}
+
+
+def _rounding_square(values: NDArray[Any], stored: NDArray[np.uint8], dtype: str) -> float:
+    if dtype == ("F64" if values.dtype == np.float64 else "F32"):
+        return 0.0
+    decoded = np.empty_like(values)
+    decode_into(stored, dtype, decoded)
+    decoded -= values
+    return sum_of_squares(decoded)
+
+
+def sum_of_squares(values: NDArray[Any]) -> float:
+    """Σx² of a chunk, without overflow in float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(values @ values)
+        if not np.isfinite(square):
+            double = values.astype(np.float64)
+            square = float(double @ double)
+    return square
+
+
+def _header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -> str:
+    """Digest of all metadata but itself, and of the table of tensors."""
+    digest = {key: value for key, value in metadata["digest"].items() if key != "header"}
+    table = [[e.name, e.dtype, *e.shape] for e in entries]
+    text = canonical_json([{**metadata, "digest": digest}, table])
+    return blake2b(text.encode(), digest_size=8).hexdigest()
