@@ -244,7 +244,7 @@ class Uniform(Profile):
 
     def breakpoints(self, t: float) -> tuple[float, ...]:
         """The start of the window."""
-        start = t - float(self._width(np.float64(t)))
+        start = t - float(self._width(np.asarray(t, np.float64)))
         return (start,) if start > 0 else ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def reconstruct(
     framework: str | None = None,
     names: str | Sequence[str] | None = None,
     progress: bool | None = None,
+    overwrite: bool = True,
 ) -> Any:
     """Reconstruct averages of a finished or running training run from its snapshots.
 
@@ -114,12 +115,15 @@ def reconstruct(
         names: Only averaged tensors whose names match one of these patterns, and no buffers.
             Files are then read in part, and their digests not checked.
         progress: Show a progress bar; by default if standard error is a terminal.
+        overwrite: Whether ``out`` may replace files that are there, which happens at the end and
+            at once; else they are an error before anything is read.
 
     Returns:
         A :class:`Reconstruction`, or a list of them if several targets were asked for.
 
     Raises:
         SnapshotError: If a file is damaged or foreign; the message names it.
+        FileExistsError: If ``out`` exists and ``overwrite`` is false.
         ValueError: If an argument is outside its domain.
 
     Example:
@@ -136,6 +140,11 @@ def reconstruct(
     framework = check_framework(framework or usable[0].run.framework)
     assignment = _assign(goals, _select_names(usable[0], names))
     paths = _output_paths(out, goals, several, usable[0])
+    for path in () if overwrite else paths:
+        shards = path.parent.glob(f"{path.name.removesuffix('.safetensors')}-*-of-*.safetensors")
+        for existing in (path, *shards):
+            if existing.exists():
+                raise FileExistsError(f"{existing} exists; delete it or give another out=")
 
     evidence = gather_evidence(usable)
     inputs = [(s.t, s.profile) for s in usable]

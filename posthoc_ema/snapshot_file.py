@@ -139,7 +139,10 @@ class Snapshot:
             ForeignSnapshotError: If it is a safetensors file, but no snapshot.
         """
         path = Path(path)
-        header = read_header(path)
+        try:
+            header = read_header(path)
+        except OSError as error:
+            raise SnapshotError(f"cannot read {path}: {error.strerror}") from error
         data = header.metadata
         if data is None or "format_version" not in data:
             raise ForeignSnapshotError(
@@ -298,12 +301,13 @@ def write_snapshot(
                 digests["averages"].update(stored)
                 writer.write(stored)
                 rounding += _rounding_square(chunk, stored, entry.dtype)
+        digest = {part: stream.hexdigest() for part, stream in digests.items()}
         metadata = {
             **identity,
             "statistics": {**size, "rounding_square": rounding / max(size["count"], 1)},
-            "digest": {part: digest.hexdigest() for part, digest in digests.items()},
+            "digest": digest,
         }
-        metadata["digest"] = {**metadata["digest"], "header": _header_digest(metadata, entries)}
+        digest["header"] = _header_digest(metadata, entries)
         writer.commit(metadata)
 
 

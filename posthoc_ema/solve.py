@@ -228,17 +228,34 @@ class _Kriging:
         scale[scale == 0] = 1  # a copy of input j, free of noise: nothing to choose
         system = np.concatenate([design / scale, right], axis=1)
         triangle = np.asarray(np.linalg.qr(system, mode="r"))
-        u, s, vt = np.linalg.svd(triangle[: n - 1, : n - 1])
-        kept = s > s[0] * n * np.finfo(np.float64).eps
-        inverse = np.where(kept, 1 / np.where(kept, s, 1), 0)
-        z = (vt.T @ (inverse[:, None] * (u.T @ triangle[: n - 1, n - 1 :]))) / scale[:, None]
+        z, condition = _solve_triangle(triangle[: n - 1, : n - 1], triangle[: n - 1, n - 1 :])
+        z /= scale[:, None]
         x[:, others] = z.T
         x[:, j] -= z.sum(0)
-        return x, float(s[0] / max(s[-1], s[0] * np.finfo(np.float64).eps))
+        return x, condition
 
     def expected_square(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         misfit = self.rows @ x.T - self.goal
         return (misfit**2).sum(0) + (x**2) @ self.noise
+
+
+def _solve_triangle(
+    triangle: NDArray[np.float64], right: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Solve with the R of a QR factorisation, by minimum norm where it is singular."""
+    n = len(triangle)
+    epsilon = n * float(np.finfo(np.float64).eps)
+    diagonal = np.abs(np.diag(triangle))
+    if diagonal.min() > epsilon * diagonal.max():
+        inverse = np.linalg.inv(triangle)
+        condition = float(np.linalg.norm(triangle, 1) * np.linalg.norm(inverse, 1))
+        if condition < 1 / epsilon:
+            return inverse @ right, condition
+    u, s, vt = np.linalg.svd(triangle)
+    kept = s > s[0] * epsilon
+    reciprocal = np.where(kept, 1 / np.where(kept, s, 1), 0)
+    z = vt.T @ (reciprocal[:, None] * (u.T @ right))
+    return z, float(s[0] / max(s[-1], s[0] * epsilon))
 
 
 def _survival(

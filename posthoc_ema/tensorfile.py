@@ -108,7 +108,7 @@ def read_range(file: int, offset: int, out: NDArray[np.uint8]) -> None:
     Raises:
         EOFError: If the file ends before.
     """
-    view, done = memoryview(out), 0
+    view, done = memoryview(out.data), 0
     while done < len(view):
         # Reads, not a memory map: cheaper than page faults on one pass, no growth of resident
         # memory, and a file that shrinks gives an error instead of a bus error.
@@ -152,7 +152,7 @@ class TensorFileWriter:
 
     def write(self, data: NDArray[Any]) -> None:
         """Append the bytes of a contiguous array."""
-        self._file.write(data.reshape(-1).view(np.uint8))
+        self._file.write(data.reshape(-1).view(np.uint8).data)
 
     def commit(self, metadata: dict[str, Any]) -> None:
         """Complete the header, make all bytes durable, and show the file under its name."""
