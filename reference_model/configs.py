@@ -142,12 +142,16 @@ class TrainConfig:
     ema_sigma_rel: tuple[float, ...] = option(
         "EMA lengths to track, as fractions of training.", default=(0.05, 0.10)
     )
+    direct_sigma_rel: tuple[float, ...] = option(
+        "EMA lengths to keep in the checkpoint too, to check reconstructions against.",
+        default=(),
+    )
     snapshot_nimg: int = option("Interval of EMA snapshots, in images.", default=8 << 20)
     checkpoint_nimg: int = option("Interval of checkpoints, in images.", default=128 << 20)
     stats_nimg: int = option("Interval of lines in stats.jsonl, in images.", default=128 << 10)
 
     def __post_init__(self) -> None:
-        for name in ("betas", "ema_sigma_rel"):
+        for name in ("betas", "ema_sigma_rel", "direct_sigma_rel"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         intervals = ("snapshot_nimg", "checkpoint_nimg", "stats_nimg")
         for name in ("batch_size", "total_nimg", *intervals):

@@ -83,6 +83,7 @@ def train(
         every=config.snapshot_nimg,
         unit="images",
     )
+    direct = EMA(config.direct_sigma_rel, unit="images") if config.direct_sigma_rel else None
 
     nimg, seconds = 0, 0.0
     checkpoint = load_checkpoint(run_dir)
@@ -90,6 +91,8 @@ def train(
         net.load_state_dict(checkpoint["net"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         ema.load_state_dict(checkpoint["ema"])
+        if direct is not None:
+            direct.load_state_dict(checkpoint["direct"])
         nimg, seconds = checkpoint["nimg"], checkpoint["seconds"]
     drop_stats_after(run_dir / STATS_FILE, nimg)
 
@@ -100,6 +103,7 @@ def train(
             "net": net.state_dict(),
             "optimizer": optimizer.state_dict(),
             "ema": ema.state_dict(),
+            "direct": None if direct is None else direct.state_dict(),
         }
         save_checkpoint(run_dir, state)
 
@@ -138,6 +142,8 @@ def train(
             optimizer.step()
             nimg += batch_size
             ema.update(net, t=nimg)
+            if direct is not None:
+                direct.update(net, t=nimg)
             if nimg >= config.total_nimg:
                 ema.snapshot()  # the last weights, wherever the interval fell
 
