@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy as copy
 from math import isfinite
 from numbers import Integral
 from typing import Any
@@ -227,7 +228,7 @@ class EMA:
         """
         track = self._track(sigma_rel)
         if self._tracker is None and self._pending is not None:
-            return dict(self._pending[track])
+            return {name: copy(value) for name, value in self._pending[track].items()}
         tracker = self._bound()
         self._require_update()
         return tracker.assemble({s.name: tracker.average(track, s.name) for s in tracker.averaged})
@@ -277,7 +278,7 @@ class EMA:
                 for track in range(len(self._profiles))
             ]
         elif self._pending is not None:
-            averages = [dict(track) for track in self._pending]
+            averages = [{n: copy(v) for n, v in track.items()} for track in self._pending]
         return {
             "version": STATE_VERSION,
             "run_id": self._run_id,
@@ -318,7 +319,8 @@ class EMA:
                 f"the state has the tracks {profiles}, this EMA {self._profiles}; make the EMA "
                 "with the same sigma_rel"
             )
-        averages = [dict(track) for track in state["averages"]]
+        # Copies: the state stays the caller's own, whatever becomes of these.
+        averages = [{n: copy(v) for n, v in track.items()} for track in state["averages"]]
         if averages and self._tracker is not None:
             self._load_into(self._tracker, averages)
         else:
@@ -403,10 +405,10 @@ class EMA:
 
 def _make_tracker(model: Any, select: Selection, tracks: int, device: Any) -> Tracker:
     """The tracker for the framework of the model, which is loaded already if it is one's."""
-    kinds = {type(leaf) for leaf in _leaves(model)}
+    leaves = [leaf for _, leaf in flatten_mapping(model)] if isinstance(model, Mapping) else []
     torch = sys.modules.get("torch")
     if torch is not None and (
-        isinstance(model, torch.nn.Module) or any(issubclass(k, torch.Tensor) for k in kinds)
+        isinstance(model, torch.nn.Module) or any(isinstance(x, torch.Tensor) for x in leaves)
     ):
         from posthoc_ema.trackers.torch import TorchTracker
 
@@ -414,13 +416,11 @@ def _make_tracker(model: Any, select: Selection, tracks: int, device: Any) -> Tr
     if device is not None:
         raise ValueError("device= is for PyTorch models; others keep averages with the weights")
     jax = sys.modules.get("jax")
-    if jax is not None and (
-        not isinstance(model, Mapping) or any(issubclass(k, jax.Array) for k in kinds)
-    ):
+    if jax is not None and any(isinstance(x, jax.Array) for x in jax.tree.leaves(model)):
         from posthoc_ema.trackers.jax import JaxTracker
 
         return JaxTracker(model, select, tracks)
-    if isinstance(model, Mapping) and model:
+    if leaves:
         from posthoc_ema.trackers.numpy import NumpyTracker
 
         return NumpyTracker(model, select, tracks)
@@ -428,10 +428,6 @@ def _make_tracker(model: Any, select: Selection, tracks: int, device: Any) -> Tr
         "expected a torch.nn.Module, a non-empty mapping from names to arrays, or a JAX pytree "
         f"(got {type(model).__name__})"
     )
-
-
-def _leaves(model: Any) -> list[Any]:
-    return [leaf for _, leaf in flatten_mapping(model)] if isinstance(model, Mapping) else []
 
 
 def _writes_snapshots() -> bool:

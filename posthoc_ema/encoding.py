@@ -152,7 +152,7 @@ def numpy_dtype_name(dtype: np.dtype[Any]) -> str:
             return name
     if dtype == np.complex128:
         return "C128"  # never stored as such: averages are stored as pairs of reals
-    raise TypeError(f"arrays of type {dtype} cannot be stored; convert it or exclude the tensor")
+    raise TypeError(f"arrays of type {dtype} cannot be stored; convert it, or leave it out")
 
 
 class PageDigest:

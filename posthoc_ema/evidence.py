@@ -11,7 +11,6 @@ import numpy as np
 from posthoc_ema.encoding import ITEM_SIZE, decode_into
 from posthoc_ema.movement import Movement, fit_movement, neighbours
 from posthoc_ema.snapshot_file import Snapshot, sum_of_squares
-from posthoc_ema.tensorfile import read_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,7 +117,7 @@ def sample_weights(snapshots: Sequence[Snapshot], seed: int = 0) -> NDArray[Any]
                 entry = snapshot.entries[name]
                 item = ITEM_SIZE[entry.dtype]
                 raw = np.empty(size * item, np.uint8)
-                read_range(file, entry.offset + start * item, raw)
+                snapshot.read_bytes(file, entry.offset + start * item, raw)
                 decode_into(raw, entry.dtype, row[done : done + size])
                 done += size
     return out

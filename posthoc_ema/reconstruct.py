@@ -16,7 +16,7 @@ from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_fr
 from posthoc_ema.encoding import PageDigest
 from posthoc_ema.errors import SnapshotError
 from posthoc_ema.evidence import Evidence, gather_evidence
-from posthoc_ema.profiles import PowerFunction, Profile, as_profile
+from posthoc_ema.profiles import Custom, PowerFunction, Profile, as_profile
 from posthoc_ema.sinks import FileSink, MemorySink
 from posthoc_ema.snapshot_file import CopySource, Snapshot
 from posthoc_ema.snapshots import SnapshotStore
@@ -160,8 +160,8 @@ def reconstruct(
     with _progress_bar(usable, progress) as advance:
         if paths:
             metadata = [
-                {"reconstruction": {"t": t, **_by_pattern({p: repr(q) for p, q in g.items()})}}
-                for g in goals
+                {"t": t, "profile": _by_pattern({p: repr(q) for p, q in goal.items()})}
+                for goal in goals
             ]
             with FileSink(paths, copies, metadata, MAX_SHARD_BYTES) as sink:
                 stream(usable, groups, sink, check=names is None, progress=advance)
@@ -349,7 +349,7 @@ def _read_copies(snapshot: Snapshot) -> list[CopySource]:
         for name in snapshot.copies:
             entry = snapshot.entries[name]
             raw = np.empty(entry.nbytes, np.uint8)
-            read_range(file, entry.offset, raw)
+            snapshot.read_bytes(file, entry.offset, raw)
             digest.update(raw)
             copies.append(CopySource(name, entry.shape, entry.dtype, raw))
     snapshot.check_digest("copies", digest)
@@ -409,12 +409,17 @@ def _output_paths(
         return [out]
     if not several:
         return [out / "model.safetensors"]
-    return [out / f"{_label(goal[EVERYTHING])}.safetensors" for goal in goals]
+    names = [f"{_label(goal[EVERYTHING], k)}.safetensors" for k, goal in enumerate(goals)]
+    if len(set(names)) < len(names):
+        raise ValueError("with out= each target may be asked for once only")
+    return [out / name for name in names]
 
 
-def _label(profile: Profile) -> str:
+def _label(profile: Profile, number: int = 0) -> str:
     if isinstance(profile, PowerFunction):
         return f"sigma_rel={profile.sigma_rel!r}"
+    if isinstance(profile, Custom):
+        return f"target={number}"
     return "_".join(f"{key}={value}" for key, value in profile.to_dict().items())
 
 

@@ -180,7 +180,7 @@ class Snapshot:
         entry = self._entry(name)
         raw = np.empty(entry.nbytes, np.uint8)
         with self.opened() as file:
-            read_range(file, entry.offset, raw)
+            self.read_bytes(file, entry.offset, raw)
         if entry.name not in self.averages:
             return as_numpy(raw, entry.dtype, entry.shape)
         out = np.empty(entry.count, np.float64 if entry.dtype == "F64" else np.float32)
@@ -202,7 +202,7 @@ class Snapshot:
                         continue
                     for start in range(0, entry.nbytes, _CHUNK_BYTES):
                         piece = buffer[: min(_CHUNK_BYTES, entry.nbytes - start)]
-                        read_range(file, entry.offset + start, piece)
+                        self.read_bytes(file, entry.offset + start, piece)
                         digest.update(piece)
                         progress(len(piece))
                 self.check_digest(part, digest)
@@ -218,19 +218,26 @@ class Snapshot:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """The open file, errors translated to name it."""
+        """A descriptor of the open file, for :meth:`read_bytes`."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise SnapshotError(f"cannot open {self.path}: {error.strerror}") from error
         try:
             yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def read_bytes(self, file: int, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` from the open file; errors name it."""
+        try:
+            read_range(file, offset, out)
         except EOFError as error:
             raise CorruptSnapshotError(
                 f"{self.path} was truncated while it was read ({error})"
             ) from error
-        finally:
-            os.close(descriptor)
+        except OSError as error:
+            raise SnapshotError(f"cannot read {self.path}: {error.strerror}") from error
 
     def _entry(self, name: str) -> TensorEntry:
         name = self.aliases.get(name, name)

@@ -18,12 +18,13 @@ import numpy as np
 from posthoc_ema.encoding import ITEM_SIZE, PageDigest, decode_into
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.snapshot_file import Snapshot
-from posthoc_ema.tensorfile import TensorEntry, read_range
+from posthoc_ema.tensorfile import TensorEntry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MATRIX_BYTES = 64 << 20
+_KEPT_OPEN = 128  # files; others are opened for each block, for systems allow only so many
 _ALIGNMENT = PageDigest.PAGE  # elements: keeps the pages of every type whole
 
 
@@ -59,6 +60,7 @@ class _Run:
 
     outputs: Sequence[TensorEntry]
     coefficients: NDArray[Any]
+    copied: Sequence[tuple[int, int]]  # (target, file) where the target is that file's average
     dtypes: Sequence[str]
     offsets: Sequence[int]
 
@@ -99,12 +101,13 @@ def stream(
                 snapshot.verify()
 
     with ExitStack() as stack:
-        files = [stack.enter_context(snapshot.opened()) for snapshot in used]
-        reader = stack.enter_context(_Reader(files, digests))
+        reader = stack.enter_context(_Reader(used, digests))
         for run in runs:
             sink.start(run.outputs)
             for start, rows in reader.blocks(run):
                 block = run.coefficients @ rows
+                for target, i in run.copied:
+                    block[target] = rows[i]
                 # A sum is finite only if all of it is, and costs no temporary.
                 if not np.isfinite(block.sum(dtype=np.float64)):
                     _raise_non_finite(used, run, start, block)
@@ -118,7 +121,7 @@ def stream(
 class _Reader:
     """Reads blocks of all files into the rows of a matrix, on all cores."""
 
-    def __init__(self, files: Sequence[int], digests: Sequence[PageDigest | None]) -> None:
+    def __init__(self, files: Sequence[Snapshot], digests: Sequence[PageDigest | None]) -> None:
         from concurrent.futures import ThreadPoolExecutor  # slow to import
 
         self._files, self._digests = files, digests
@@ -129,12 +132,21 @@ class _Reader:
         self._shares = [range(k, len(files), workers) for k in range(workers)]
         self._raw = [np.empty(self._size * 8, np.uint8) for _ in self._shares]
         self._pool = ThreadPoolExecutor(workers)
+        self._stack = ExitStack()
+        self._open: list[int] = []
 
     def __enter__(self) -> _Reader:
+        self._stack.callback(self._pool.shutdown)
+        try:
+            for snapshot in self._files[:_KEPT_OPEN]:
+                self._open.append(self._stack.enter_context(snapshot.opened()))
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
 
     def blocks(self, run: _Run) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield the start of each block of a run and its ``[files, m]`` values."""
@@ -150,7 +162,7 @@ class _Reader:
                 for i in self._shares[k]:
                     item = ITEM_SIZE[run.dtypes[i]]
                     raw = self._raw[k][: rows.shape[1] * item]
-                    read_range(self._files[i], run.offsets[i] + start * item, raw)
+                    self._read(i, run.offsets[i] + start * item, raw)
                     digest = self._digests[i]
                     if digest is not None:
                         digest.update(raw)
@@ -159,6 +171,14 @@ class _Reader:
             # list: exceptions of the workers surface here.
             list(self._pool.map(fill, range(len(self._shares))))
             yield start, rows
+
+    def _read(self, i: int, offset: int, raw: NDArray[np.uint8]) -> None:
+        snapshot = self._files[i]
+        if i < len(self._open):
+            snapshot.read_bytes(self._open[i], offset, raw)
+            return
+        with snapshot.opened() as file:
+            snapshot.read_bytes(file, offset, raw)
 
 
 def _runs(
@@ -196,6 +216,12 @@ def _runs(
                 _Run(
                     outputs[first:k],
                     coefficients.astype(np.float64 if double else np.float32),
+                    # A sum with zeros would lose the sign of a zero.
+                    [
+                        (k, int(np.flatnonzero(row)[0]))
+                        for k, row in enumerate(coefficients)
+                        if np.count_nonzero(row) == 1
+                    ],
                     [entry.dtype for entry in entries[first]],
                     [entry.offset for entry in entries[first]],
                 )

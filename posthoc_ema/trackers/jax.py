@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posthoc_ema.encoding import numpy_dtype_name
 from posthoc_ema.errors import StructureError
 from posthoc_ema.snapshot_file import AverageSource, CopySource
 from posthoc_ema.trackers.base import (
@@ -25,7 +24,7 @@ from posthoc_ema.trackers.base import (
     check_specs,
     unique_names,
 )
-from posthoc_ema.trackers.numpy import array_chunks, copy_of_array
+from posthoc_ema.trackers.numpy import array_chunks, copy_of_array, describe_dtype
 
 
 def init(params: Any) -> Any:
@@ -186,7 +185,7 @@ def _is_array(leaf: Any) -> bool:
 def _describe(leaves: Mapping[str, Any]) -> list[TensorSpec]:
     specs = []
     for name, leaf in leaves.items():
-        dtype = numpy_dtype_name(_own_dtype(leaf))
+        dtype = describe_dtype(name, _own_dtype(leaf))
         specs.append(TensorSpec(name, tuple(leaf.shape), dtype, dtype in FLOATING))
     return specs
 

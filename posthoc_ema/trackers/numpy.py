@@ -105,7 +105,7 @@ class NumpyTracker(Tracker):
 
     def assemble(self, averages: Mapping[str, Any]) -> dict[str, Any]:
         """Mappings of the same form; what is not averaged is copied."""
-        copies = {name: array.copy() for name, array in self._arrays.items()}
+        copies = {name: np.array(leaf) for name, leaf in flatten_mapping(self._model)}
         return dict(unflatten_like(self._model, {**copies, **averages}))
 
     @contextmanager
@@ -113,6 +113,13 @@ class NumpyTracker(Tracker):
         """Overwrite the arrays in place, and restore them."""
         arrays = self._collect(model)
         check_specs(self.specs, self._describe(arrays))
+        given = dict(flatten_mapping(model))
+        for name, array in arrays.items():
+            if array is not given[name] or not array.flags.writeable:
+                raise StructureError(
+                    f"{name} cannot be changed in place (a scalar, or a read-only array); use "
+                    "average() and take the result in its place"
+                )
         saved = {spec.name: arrays[spec.name].copy() for spec in self.specs}
         try:
             for spec in self.averaged:
@@ -134,12 +141,20 @@ class NumpyTracker(Tracker):
     def _describe(self, arrays: Mapping[str, NDArray[Any]]) -> list[TensorSpec]:
         specs = []
         for name, array in arrays.items():
-            dtype = numpy_dtype_name(array.dtype)
+            dtype = describe_dtype(name, array.dtype)
             specs.append(TensorSpec(name, array.shape, dtype, dtype in FLOATING))
         return specs
 
 
 _KEPT = {"F32": np.float32, "F64": np.float64}
+
+
+def describe_dtype(name: str, dtype: np.dtype[Any]) -> str:
+    """Safetensors name of the type of one tensor; an error names the tensor."""
+    try:
+        return numpy_dtype_name(dtype)
+    except TypeError as error:
+        raise StructureError(f"{name}: {error} (exclude={name!r})") from None
 
 
 def array_chunks(array: NDArray[Any]) -> Iterable[NDArray[Any]]:
@@ -150,7 +165,8 @@ def array_chunks(array: NDArray[Any]) -> Iterable[NDArray[Any]]:
 
 def copy_of_array(spec: TensorSpec, array: NDArray[Any]) -> CopySource:
     """The bytes of an array."""
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    little_endian = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    data = little_endian.reshape(-1).view(np.uint8)
     return CopySource(spec.name, spec.shape, spec.dtype, data)
 
 

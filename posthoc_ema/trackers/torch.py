@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -112,9 +112,11 @@ class TorchTracker(Tracker):
             pool.size = stop
         self._pools = list(pools.values())
         for pool in self._pools:
-            pool.flats = [
-                torch.zeros(pool.size, dtype=pool.dtype, device=pool.device) for _ in range(tracks)
-            ]
+            with torch.inference_mode(False):  # else they could not be updated outside of it
+                pool.flats = [
+                    torch.zeros(pool.size, dtype=pool.dtype, device=pool.device)
+                    for _ in range(tracks)
+                ]
         self._tracks = range(tracks)
         self._plan()
 
@@ -125,7 +127,8 @@ class TorchTracker(Tracker):
             binding = _bind(model, self._select)
             check_specs(self.specs, binding.specs)
             self._model = model
-        if binding is not self._binding or binding.pointers() != self._pointers:
+        if binding is not self._binding or binding.layout() != self._layout:
+            check_specs(self.specs, binding.current_specs())
             self._binding = binding
             self._plan()
 
@@ -133,6 +136,7 @@ class TorchTracker(Tracker):
     def is_finite(self) -> bool:
         """Whether all weights to be averaged are finite; waits for the device once."""
         averaged = [self._binding.tensors[spec.name] for spec in self.averaged]
+        averaged = [t.float() if t.element_size() == 1 else t for t in averaged]  # no float8 sums
         sums = [tensor.sum() for tensor in averaged]  # finite only if every element is
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for total in sums:
@@ -195,9 +199,7 @@ class TorchTracker(Tracker):
 
     def copy_sources(self) -> list[CopySource]:
         """Buffers and integer tensors as they are now."""
-        self._binding = _bind(self._model, self._select)
-        check_specs(self.specs, self._binding.specs)
-        self._plan()
+        self._rebind()
         sources = []
         for spec in self.specs:
             if not spec.averaged:
@@ -208,6 +210,7 @@ class TorchTracker(Tracker):
 
     def assemble(self, averages: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict with unwrapped names (or a mapping of the given form)."""
+        self._rebind()
         copies = {
             spec.name: self._binding.tensors[spec.name].detach().clone()
             for spec in self.specs
@@ -240,12 +243,19 @@ class TorchTracker(Tracker):
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
 
+    def _rebind(self) -> None:
+        """Walk the model again: buffers may have been replaced, which updates do not look at."""
+        binding = _bind(self._model, self._select)
+        check_specs(self.specs, binding.specs)
+        self._binding = binding
+        self._plan()
+
     def _dtype(self, name: str) -> str:
         return next(spec.dtype for spec in self.specs if spec.name == name)
 
     def _plan(self) -> None:
         """Cut the work of an update into pieces; holds until a tensor moves in memory."""
-        self._pointers = self._binding.pointers()
+        self._layout = self._binding.layout()
         self._pieces: list[_Piece] = []
         self._gathered: list[str] = []
         for pool in self._pools:
@@ -257,7 +267,7 @@ class TorchTracker(Tracker):
                 place = self._places[name]
                 tensor = self._binding.real(name)
                 count = tensor.numel()
-                if tensor.stride() != place.stride and not _same_order(tensor, place.stride):
+                if not _same_order(tensor, place.stride) or self._binding.is_lazy(name):
                     self._gathered.append(name)
                     block, filled = self._close(block, scratch), 0
                     continue
@@ -306,7 +316,7 @@ class _Binding:
     tensors: dict[str, torch.Tensor]
     aliases: dict[str, str]
     # How the module led to them: each of these must still be so, or it is walked again.
-    holders: list[dict[str, Any]] = field(default_factory=list)
+    holders: Sequence[Mapping[str, Any]] = ()
     held: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -317,9 +327,22 @@ class _Binding:
         found = list(chain.from_iterable(holder.values() for holder in self.holders))
         return len(found) == len(self.held) and all(map(is_, found, self.held))
 
-    def pointers(self) -> list[int]:
-        """Addresses of the averaged tensors: they change when storage is replaced."""
-        return list(map(torch.Tensor.data_ptr, self._averaged))
+    def current_specs(self) -> list[TensorSpec]:
+        """The specs with the shapes of this moment: ``.data`` may have been replaced."""
+        return [replace(s, shape=tuple(self.tensors[s.name].shape)) for s in self.specs]
+
+    def layout(self) -> list[Any]:
+        """Addresses, shapes and strides: one changes when ``.data`` is replaced."""
+        tensors = self._averaged
+        return [
+            *map(torch.Tensor.data_ptr, tensors),
+            *map(torch.Tensor.size, tensors),
+            *map(torch.Tensor.stride, tensors),
+        ]
+
+    def is_lazy(self, name: str) -> bool:
+        """Whether memory holds the conjugate or negative of the values."""
+        return self.tensors[name].is_conj() or self.tensors[name].is_neg()
 
     def real(self, name: str) -> torch.Tensor:
         """One tensor, detached, complex numbers as pairs of reals."""
@@ -328,14 +351,13 @@ class _Binding:
 
 def _bind(model: Any, select: Selection, first: bool = False) -> _Binding:
     """Find all tensors of a model by their unwrapped names."""
+    holders: Sequence[Mapping[str, Any]]
     if isinstance(model, torch.nn.Module):
         named, holders = _walk(_unwrap(model))
+        parameters = {id(parameter) for parameter in model.parameters()}
     else:
-        named, holders = list(flatten_mapping(model)), []
-        parameters: set[int] = set()
-        unique_names(named)
-    if isinstance(model, torch.nn.Module):
-        parameters = {id(p) for p in model.parameters()}
+        named, holders = list(flatten_mapping(model)), list(_mappings(model))
+        parameters = {id(tensor) for tensor in unique_names(named).values()}
     if first:
         select.check([name for name, _ in named])
     tensors: dict[str, torch.Tensor] = {}
@@ -352,8 +374,8 @@ def _bind(model: Any, select: Selection, first: bool = False) -> _Binding:
             continue
         tensors[name] = tensor
         dtype = _DTYPES[tensor.dtype]
-        trained = id(tensor) in parameters or not isinstance(model, torch.nn.Module)
-        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, trained and dtype in FLOATING))
+        averaged = id(tensor) in parameters and dtype in FLOATING
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, averaged))
     held = list(chain.from_iterable(holder.values() for holder in holders))
     return _Binding(specs, tensors, aliases, holders, held)
 
@@ -386,6 +408,14 @@ def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
             return model
 
 
+def _mappings(tree: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A nested mapping and all those inside."""
+    yield tree
+    for value in tree.values():
+        if isinstance(value, Mapping):
+            yield from _mappings(value)
+
+
 def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise StructureError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
@@ -403,7 +433,8 @@ def _check_tensor(name: str, tensor: Any) -> None:
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    tensor = tensor.resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
