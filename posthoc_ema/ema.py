@@ -108,6 +108,7 @@ class EMA:
         self._clock: float = 0  # like t, but skipped updates count
         self._counts_steps: bool | None = None
         self._handled: float = 0  # up to where due snapshots are on disk
+        self._written: set[tuple[float, Profile]] = set()  # at the last such time
         self._claimed = self._swapped = False
         self._tracker: Tracker | None = None
         self._pending: list[dict[str, Any]] | None = None
@@ -194,20 +195,23 @@ class EMA:
             return []
         run = self._identity()
         present = {s.profile for s in self._store.scan()[0] if s.t == self._t}
+        if self._handled != self._t:
+            # Neither written here nor found on resuming: let the store say that there are two
+            # writers, but for tracks that got onto disk before an error.
+            present &= {profile for t, profile in self._written if t == self._t}
         copies = tracker.copy_sources()
-        written = [
-            self._store.write(
-                run,
-                self._t,
-                profile,
-                tracker.average_sources(track),
-                copies,
-                tracker.aliases,
-                self._encoding,
+        self._written = {(self._t, profile) for profile in present}
+        written = []
+        for track, profile in enumerate(self._profiles):
+            if profile in present:
+                continue
+            sources = tracker.average_sources(track)
+            written.append(
+                self._store.write(
+                    run, self._t, profile, sources, copies, tracker.aliases, self._encoding
+                )
             )
-            for track, profile in enumerate(self._profiles)
-            if profile not in present
-        ]
+            self._written.add((self._t, profile))
         self._handled = self._t
         return written
 
@@ -271,7 +275,7 @@ class EMA:
         ``torch.load(weights_only=True)`` reads it; nothing refers to this library's classes.
         """
         averages: list[dict[str, Any]] = []
-        if self._tracker is not None:
+        if self._tracker is not None and self._t:
             tracker = self._tracker
             averages = [
                 {spec.name: tracker.average(track, spec.name) for spec in tracker.averaged}
@@ -321,13 +325,22 @@ class EMA:
             )
         # Copies: the state stays the caller's own, whatever becomes of these.
         averages = [{n: copy(v) for n, v in track.items()} for track in state["averages"]]
-        if averages and self._tracker is not None:
+        t = _number(state["t"])
+        if len(averages) != (len(profiles) if t else 0):
+            raise ValueError(
+                f"the state at t={t} has averages of {len(averages)} tracks, expected "
+                f"{len(profiles) if t else 0}; it is incomplete"
+            )
+        if self._tracker is not None and averages:
             self._load_into(self._tracker, averages)
         else:
-            self._pending = averages or None
-        self._run_id, self._t = state["run_id"], state["t"]
-        self._t_first, self._clock = state["t_first"], state["clock"]
-        self._counts_steps, self.skipped = state["counts_steps"], state["skipped"]
+            self._tracker, self._pending = None, averages or None
+        # Numbers may come back as arrays of no dimension from numpy files.
+        self._run_id, self._unit, self._t = str(state["run_id"]), str(state["unit"]), t
+        self._t_first, self._clock = _number(state["t_first"]), _number(state["clock"])
+        counts_steps = state["counts_steps"]
+        self._counts_steps = None if counts_steps is None else bool(counts_steps)
+        self.skipped = int(state["skipped"])
         self._handled, self._claimed = self._t, False
 
     def _next_time(self, t: float | None) -> tuple[float, bool]:
@@ -339,7 +352,7 @@ class EMA:
             )
         if t is None:
             return self._clock + 1, True
-        t = int(t) if isinstance(t, Integral) else float(t)
+        t = _number(t)
         if not (isfinite(t) and t > self._clock):
             raise ValueError(
                 f"t must increase strictly from update to update: got {t} after {self._clock}"
@@ -428,6 +441,12 @@ def _make_tracker(model: Any, select: Selection, tracks: int, device: Any) -> Tr
         "expected a torch.nn.Module, a non-empty mapping from names to arrays, or a JAX pytree "
         f"(got {type(model).__name__})"
     )
+
+
+def _number(value: Any) -> float:
+    """A plain int where it is one, so that no image count is rounded, else a float."""
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _writes_snapshots() -> bool:

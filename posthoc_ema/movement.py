@@ -22,6 +22,9 @@ from posthoc_ema.profiles import Profile
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_MAX_RATES = 64  # with more snapshot times than these, neighbouring intervals share a rate
+_MAX_PAIRS = 2048
+
 SMOOTHNESS = 0.1
 """Penalty on (log r_{k+1} - log r_k)²; anything from 0.01 to 10 gives nearly the same."""
 
@@ -68,19 +71,26 @@ def interval_quadrature(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Gauss-Legendre between neighbouring breaks, graded towards 0 and towards the end.
 
-    Between snapshot times profiles are powers of τ, which few nodes integrate to rounding,
-    except where one of them is short beside the interval; hence more nodes where there are few
-    intervals, and halving panels at both ends of the whole.
+    Between snapshot times profiles are smooth, and few nodes integrate them to rounding,
+    except in the outer intervals and where there are few of them.
     """
     inner = np.unique([b for b in breaks if 0 < b < end])
     edges = np.concatenate([[0.0], inner, [end]])
     order = int(np.clip(1024 // len(edges), 4, 24))
-    x, w = np.polynomial.legendre.leggauss(order)
     first, last = edges[1], end - edges[-2]
+    # Late in a long run profiles vary little from one snapshot to the next; early they do.
+    coarse_from, coarse_to = (inner[15], inner[-16]) if len(inner) > 32 else (end, end)
     halving = 0.5 ** np.arange(1, 13)
     edges = np.unique(np.concatenate([edges, first * halving, end - last * halving]))
-    half = np.diff(edges)[:, None] / 2
-    return (edges[:-1, None] + half * (x + 1)).ravel(), (half * w).ravel()
+    coarse = (edges[:-1] >= coarse_from) & (edges[1:] <= coarse_to)
+    nodes, weights = [], []
+    for chosen, number in ((coarse, order), (~coarse, max(order, 16))):
+        x, w = np.polynomial.legendre.leggauss(number)
+        half = np.diff(edges)[chosen][:, None] / 2
+        nodes.append((edges[:-1][chosen][:, None] + half * (x + 1)).ravel())
+        weights.append((half * w).ravel())
+    rising = np.argsort(np.concatenate(nodes))
+    return np.concatenate(nodes)[rising], np.concatenate(weights)[rising]
 
 
 def neighbours(
@@ -92,7 +102,9 @@ def neighbours(
     """
     place = np.unique(times, return_inverse=True)[1]
     first, second = np.triu_indices(len(times), 1)
-    near = np.abs(place[first] - place[second]) <= reach
+    near = np.flatnonzero(np.abs(place[first] - place[second]) <= reach)
+    if len(near) > _MAX_PAIRS:  # evenly spread: thousands of pairs say no more
+        near = near[np.linspace(0, len(near) - 1, _MAX_PAIRS).astype(np.intp)]
     return first[near], second[near]
 
 
@@ -117,8 +129,10 @@ def fit_movement(
     Returns:
         The fitted rate; zero throughout where the snapshots do not differ.
     """
-    times = np.array([t for t, _ in inputs])
-    edges = np.concatenate([[0.0], np.unique(times)])
+    times = np.unique([t for t, _ in inputs])
+    number = min(len(times), _MAX_RATES)
+    kept = times[np.linspace(len(times) - 1, 0, number).astype(np.intp)[::-1]]
+    edges = np.concatenate([[0.0], kept])
     first, second = pairs
     floor = noise[first] + noise[second]
     usable = distances > 0
@@ -127,7 +141,7 @@ def fit_movement(
     first, second = first[usable], second[usable]
     distances, floor = distances[usable], floor[usable]
 
-    nodes, weights = interval_quadrature(list(edges), float(edges[-1]))
+    nodes, weights = interval_quadrature(list(times), float(edges[-1]))
     cumulative = np.stack([profile.cumulative(nodes, t) for t, profile in inputs])
     interval = np.clip(np.searchsorted(edges, nodes, "right") - 1, 0, len(edges) - 2)
     starts = np.searchsorted(interval, np.arange(len(edges) - 1))

@@ -144,7 +144,7 @@ class Snapshot:
         except OSError as error:
             raise SnapshotError(f"cannot read {path}: {error.strerror}") from error
         data = header.metadata
-        if data is None or "format_version" not in data:
+        if not isinstance(data, dict) or "format_version" not in data:
             raise ForeignSnapshotError(
                 f"{path} is a safetensors file but no snapshot of posthoc_ema; "
                 "move it out of the snapshot folder"
@@ -324,18 +324,21 @@ def _plan_file(
     """First pass over the values: are they finite, how large, and so in what type stored."""
     entries, total, count = [], 0.0, 0
     for source in averages:
-        square, largest, size = 0.0, 0.0, 0
+        square, largest, size, finite = 0.0, 0.0, 0, True
         for chunk in source.chunks():
             square += sum_of_squares(chunk)
+            # A finite sum of squares proves it at no cost; float64 can overflow all the same.
+            finite &= bool(np.isfinite(square)) or bool(np.isfinite(chunk).all())
             if encoding == "float16" and len(chunk):
                 largest = max(largest, float(chunk.max()), -float(chunk.min()))
             size += len(chunk)
-        if not np.isfinite(square):
+        if not finite:
             raise NonFiniteError(
                 f"the average of {source.name!r} holds NaN or infinity, so {path} was not "
                 "written. Resume from a checkpoint before the weights went bad; "
                 'EMA(nonfinite="skip") leaves such steps out of the averages'
             )
+        square = min(square, float(np.finfo(np.float64).max))
         dtype = stored_dtype(encoding, source.kept, largest, (square / max(size, 1)) ** 0.5)
         entries.append(TensorEntry(source.name, dtype, source.shape))
         total, count = total + square, count + size

@@ -105,9 +105,10 @@ class SnapshotStore:
             if not future:
                 return
             attic = self.path / ABANDONED
-            number = 1 + sum(1 for _ in attic.iterdir()) if attic.is_dir() else 1
-            target = attic / f"{number:03d}-after-t={t}"
-            target.mkdir(parents=True)
+            attic.mkdir(exist_ok=True)
+            taken = [int(p.name[:3]) for p in attic.iterdir() if p.name[:3].isdigit()]
+            target = attic / f"{max(taken, default=0) + 1:03d}-after-t={t}"
+            target.mkdir()
             for snapshot in future:
                 os.replace(snapshot.path, target / snapshot.path.name)
             sync_directory(target)

@@ -61,7 +61,7 @@ class TensorEntry:
 class Header:
     """What a file says of itself: our metadata (None if it has none) and its tensors in order."""
 
-    metadata: dict[str, Any] | None
+    metadata: Any
     entries: dict[str, TensorEntry]
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posthoc_ema.errors import StructureError
+from posthoc_ema.errors import StateError, StructureError
 from posthoc_ema.snapshot_file import AverageSource, CopySource
 from posthoc_ema.trackers.base import (
     FLOATING,
@@ -78,9 +78,13 @@ class JaxTracker(Tracker):
         """Every update brings new arrays: take them, if names and shapes agree."""
         pairs, treedef = _flatten(model)
         leaves = self._collect(pairs)
-        if treedef != self._treedef or any(
-            leaf.shape != spec.shape
-            for leaf, spec in zip(leaves.values(), self.specs, strict=False)
+        if (
+            treedef != self._treedef
+            or [*leaves] != [spec.name for spec in self.specs]
+            or any(
+                leaf.shape != spec.shape
+                for leaf, spec in zip(leaves.values(), self.specs, strict=True)
+            )
         ):
             check_specs(self.specs, _describe(leaves))
         self._pairs, self._treedef, self._leaves = pairs, treedef, leaves
@@ -96,9 +100,16 @@ class JaxTracker(Tracker):
         else:
             self._averages = _update_tracks(self._averages, self._current(), list(weights))
         # The caller may donate its parameters to the next step: keep no hold on them.
+        self._leaves = {
+            spec.name: jnp.array(self._leaves[spec.name], copy=True)
+            for spec in self.specs
+            if not spec.averaged
+        }
         averaged = {spec.name for spec in self.averaged}
-        self._leaves = {n: leaf for n, leaf in self._leaves.items() if n not in averaged}
-        self._pairs = [(n, None if n in averaged else leaf) for n, leaf in self._pairs]
+        self._pairs = [
+            (name, None if name in averaged else self._leaves.get(name, leaf))
+            for name, leaf in self._pairs
+        ]
 
     def average(self, track: int, name: str) -> Any:
         """A copy of one average: the next update donates its own."""
@@ -134,6 +145,12 @@ class JaxTracker(Tracker):
     def assemble(self, averages: Mapping[str, Any]) -> Any:
         """A pytree of the same structure."""
         leaves = [averages.get(name, leaf) for name, leaf in self._pairs]
+        for (name, _), leaf in zip(self._pairs, leaves, strict=True):
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise StateError(
+                    f"{name} is left out of the averages, and was donated to a later step; use "
+                    "applied(params), which takes it from there"
+                )
         return jax.tree.unflatten(self._treedef, leaves)
 
     @contextmanager

@@ -71,6 +71,7 @@ class _Place:
     stop: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    complex: bool
 
     def of(self, track: int) -> torch.Tensor:
         """The average, in its own shape (a view)."""
@@ -105,9 +106,8 @@ class TorchTracker(Tracker):
             pool = pools.setdefault(key, _Pool(*key))
             stop = pool.size + tensor.numel()
             stride = tensor.stride() if _is_dense(tensor) else _contiguous_stride(tensor.shape)
-            self._places[spec.name] = _Place(
-                pool, pool.size, stop, tuple(tensor.shape), tuple(stride)
-            )
+            shape, complex_ = tuple(tensor.shape), spec.dtype.startswith("C")
+            self._places[spec.name] = _Place(pool, pool.size, stop, shape, tuple(stride), complex_)
             pool.names.append(spec.name)
             pool.size = stop
         self._pools = list(pools.values())
@@ -176,7 +176,7 @@ class TorchTracker(Tracker):
     def average(self, track: int, name: str) -> torch.Tensor:
         """A copy of one average, in the memory order of its parameter."""
         values = self._places[name].of(track).clone()
-        return torch.view_as_complex(values) if self._dtype(name).startswith("C") else values
+        return torch.view_as_complex(values) if self._places[name].complex else values
 
     @torch.no_grad()
     def load(self, track: int, name: str, value: Any) -> None:
@@ -225,23 +225,15 @@ class TorchTracker(Tracker):
 
     @contextmanager
     def applied(self, model: Any, track: int) -> Iterator[Any]:
-        """Overwrite weights in place; at the end restore them, buffers and train/eval modes."""
+        """Overwrite weights in place, and restore all that the model was."""
         binding = _bind(model, self._select)
         check_specs(self.specs, binding.specs)
-        saved = {name: tensor.detach().clone() for name, tensor in binding.tensors.items()}
-        modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-        modes = [module.training for module in modules]
-        try:
+        averaged = [binding.tensors[spec.name] for spec in self.averaged]
+        with _restored(model, averaged):
             with torch.no_grad():
                 for spec in self.averaged:
                     binding.real(spec.name).copy_(self._places[spec.name].of(track))
             yield model
-        finally:
-            with torch.no_grad():
-                for name, values in saved.items():
-                    binding.tensors[name].detach().copy_(values)
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
 
     def _rebind(self) -> None:
         """Walk the model again: buffers may have been replaced, which updates do not look at."""
@@ -249,9 +241,6 @@ class TorchTracker(Tracker):
         check_specs(self.specs, binding.specs)
         self._binding = binding
         self._plan()
-
-    def _dtype(self, name: str) -> str:
-        return next(spec.dtype for spec in self.specs if spec.name == name)
 
     def _plan(self) -> None:
         """Cut the work of an update into pieces; holds until a tensor moves in memory."""
@@ -394,6 +383,36 @@ def _walk(model: torch.nn.Module) -> tuple[list[tuple[str, torch.Tensor]], list[
                 named.append((".".join([*path, key]), buffer))
         holders += [module._parameters, module._modules]
     return named, holders
+
+
+@contextmanager
+def _restored(model: Any, changed: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Bring back, at the end, the tensors of a model and its train/eval modes.
+
+    The same objects in the same places, with the same storage; of ``changed`` and of all
+    buffers the values too. Other parameters may be large, and are not copied.
+    """
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    modes = [module.training for module in modules]
+    places = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers)]
+    values = [*changed, *(b for m in modules for b in m._buffers.values() if b is not None)]
+    everything = {id(t): t for _, held in places for t in held.values() if t is not None}
+    everything.update({id(tensor): tensor for tensor in values})
+    storages = [(tensor, tensor.detach()) for tensor in everything.values()]
+    saved = [(tensor.detach(), tensor.detach().clone()) for tensor in values]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for storage, copy in saved:
+                storage.copy_(copy)
+            for tensor, storage in storages:
+                tensor.data = storage
+        for place, held in places:
+            place.clear()
+            place.update(held)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
