@@ -15,30 +15,36 @@ import click
 from posthoc_ema.errors import PosthocEMAError
 from posthoc_ema.profiles import PowerFunction, Profile
 
-DONE, DATA_SAYS_NO, MISUSE = 0, 1, 2
-"""Exit statuses. Scripts rely on them: 1 is an answer, 2 a mistake in the command."""
+DATA_SAYS_NO, MISUSE = 1, 2
+"""Exit statuses beside 0. Scripts rely on them: 1 is an answer, 2 a mistake in the command."""
 
 
-class Failure(click.ClickException):
-    """One line on standard error, and an exit status."""
+class DataSaysNo(click.ClickException):
+    """One line on standard error, and exit status 1."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(" ".join(message.splitlines()))
-        self.exit_code = status
+    exit_code = DATA_SAYS_NO
+
+
+class Misuse(click.ClickException):
+    """One line on standard error, and exit status 2."""
+
+    exit_code = MISUSE
 
 
 class TeachingCommand(click.Command):
     """Leaves examples in its help as they were typed."""
 
-    def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:
-        super().__init__(*args, help=_keep_layout(help), **options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.help = _keep_layout(self.help)
 
 
 class TeachingGroup(click.Group):
     """Commands in the order given; exceptions of the library become one clear line."""
 
-    def __init__(self, *args: Any, help: str | None = None, **options: Any) -> None:
-        super().__init__(*args, help=_keep_layout(help), **options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.help = _keep_layout(self.help)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order in which they were added, not of the alphabet."""
@@ -50,14 +56,14 @@ class TeachingGroup(click.Group):
             return super().invoke(ctx)
         try:
             return super().invoke(ctx)
-        except PosthocEMAError as error:  # before ValueError, which some of them are too
-            raise Failure(str(error), DATA_SAYS_NO) from error
-        except (ValueError, ModuleNotFoundError, FileExistsError) as error:
-            raise Failure(str(error), MISUSE) from error
         except BrokenPipeError:
             raise  # `posthoc-ema list | head`: click ends quietly
+        except PosthocEMAError as error:  # before ValueError, which some of them are too
+            raise DataSaysNo(_one_line(error)) from error
+        except (ValueError, ModuleNotFoundError, FileExistsError) as error:
+            raise Misuse(_one_line(error)) from error
         except OSError as error:
-            raise Failure(str(error), DATA_SAYS_NO) from error
+            raise DataSaysNo(_one_line(error)) from error
 
 
 command = partial(click.command, cls=TeachingCommand)
@@ -140,6 +146,10 @@ def _keep_layout(text: str | None) -> str | None:
         f"\b\n{p}" if any(line.startswith(" ") for line in p.splitlines()) else p
         for p in paragraphs
     )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines())
 
 
 def _is_number(cell: str) -> bool:

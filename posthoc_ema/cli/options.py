@@ -1,0 +1,204 @@
+"""How arguments and options are written, and what they turn into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import click
+
+from posthoc_ema.conversion import sigma_rel_to_gamma
+from posthoc_ema.profiles import Exponential, PowerFunction, Profile, Uniform
+from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.solve import METHODS
+
+Numbers = tuple[float, ...]
+
+_MOST_VALUES = 1000
+_PROFILES: Mapping[tuple[str, str], Callable[[float], Profile]] = {
+    ("exponential", "halflife"): Exponential,
+    ("exponential", "beta"): Exponential.from_beta,
+    ("uniform", "window"): Uniform,
+    ("power", "sigma_rel"): PowerFunction,
+    ("power", "gamma"): lambda gamma: PowerFunction(gamma=gamma),
+}
+
+
+def parse_numbers(text: str) -> Numbers:
+    """Numbers and ranges, separated by commas; the result holds each number once.
+
+    ``a,b,...,c`` is the arithmetic progression from a in steps of b - a, which must end at c.
+
+    Raises:
+        ValueError: If a part is not a number, or a progression does not fit.
+
+    Example:
+        >>> parse_numbers("0.01,0.02,...,0.05,0.1")
+        (0.01, 0.02, 0.03, 0.04, 0.05, 0.1)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    numbers: list[Decimal] = []  # decimal: 0.01 + 2 × 0.01 shall be 0.03, the same as typed
+    for place, part in enumerate(parts):
+        if part in ("...", "…"):
+            before, after = parts[max(place - 2, 0) : place], parts[place + 1 : place + 2]
+            if len(before) < 2 or not after:
+                raise ValueError(
+                    f"'...' in {text!r} needs two numbers before it and one after it, "
+                    "as in 0.01,0.02,...,0.25"
+                )
+            numbers += _between(*(_decimal(p, text) for p in (*before, *after)))
+        else:
+            numbers.append(_decimal(part, text))
+    return tuple(dict.fromkeys(float(number) for number in numbers))
+
+
+def parse_profile(text: str) -> Profile:
+    """A profile written as ``kind:field=value``.
+
+    Raises:
+        ValueError: If there is no such form, or the value is outside its domain.
+
+    Example:
+        >>> parse_profile("exponential:halflife=1000")
+        Exponential(halflife=1000.0)
+    """
+    kind, _, setting = text.partition(":")
+    field, _, number = setting.partition("=")
+    make = _PROFILES.get((kind.strip(), field.strip()))
+    if make is None:
+        forms = ", ".join(f"{k}:{f}=..." for k, f in _PROFILES)
+        raise ValueError(f"{text!r} is no profile; the forms are {forms}")
+    return make(float(_decimal(number.strip(), text)))
+
+
+class _Folder(click.ParamType):  # type: ignore[type-arg]
+    name = "folder"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> SnapshotStore:
+        if isinstance(value, SnapshotStore):
+            return value
+        store = SnapshotStore(value)
+        if not store.path.is_dir():
+            problem = "is not a folder" if store.path.exists() else "does not exist"
+        elif not any(store.scan()):
+            problem = "holds no snapshots"
+        else:
+            return store
+        self.fail(f"{value} {problem}; give the folder that EMA(snapshots=...) wrote", param, ctx)
+
+
+class _Parsed(click.ParamType):  # type: ignore[type-arg]
+    """A value made from text by a function that raises ValueError."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self.parse = name, parse
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):  # click converts defaults once more
+            return value
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _sigma_rels(text: str) -> Numbers:
+    numbers = parse_numbers(text)
+    sigma_rel_to_gamma(numbers)  # raises outside the domain
+    return numbers
+
+
+def _time(text: str) -> float:
+    number = float(_decimal(text, text))
+    if not 0 < number < inf:
+        raise ValueError(f"expected a finite time > 0 (got {text})")
+    return int(number) if number.is_integer() else number
+
+
+folder_argument = click.argument("store", metavar="FOLDER", type=_Folder())
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
+)
+
+time_option = click.option(
+    "--t",
+    type=_Parsed("time", _time),
+    help="Time of the average, in the run's unit, up to the last snapshot's (the default). "
+    "Later snapshots are not used.",
+)
+
+method_option = click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default=METHODS[0],
+    show_default=True,
+    help="What the coefficients minimise: the expected error of the weights, or, as the paper "
+    "does, the distance of the profiles.",
+)
+
+profile_option = click.option(
+    "--profile",
+    "profiles",
+    type=_Parsed("profile", parse_profile),
+    multiple=True,
+    help="Another kind of average: exponential:halflife=1000 (in the run's unit), "
+    "exponential:beta=0.9999 (per unit), uniform:window=0.2 (a fraction of the run; above 1, an "
+    "amount), power:gamma=6.94. May be given several times.",
+)
+
+
+def sigma_rel_option(default: str | None = None) -> Callable[[Any], Any]:
+    """``--sigma-rel``, with the default that suits the command."""
+    return click.option(
+        "--sigma-rel",
+        type=_Parsed("numbers", _sigma_rels),
+        default=default,
+        show_default=default is not None,
+        help="EMA lengths, as fractions of training time: 0.05, or 0.05,0.1, or a range "
+        "0.01,0.02,...,0.25.",
+    )
+
+
+def wanted_profiles(sigma_rel: Numbers | None, profiles: Sequence[Profile]) -> list[Profile]:
+    """All averages that ``--sigma-rel`` and ``--profile`` ask for, each once."""
+    return list(dict.fromkeys([*(PowerFunction(s) for s in sigma_rel or ()), *profiles]))
+
+
+def out_option(help: str, dir_okay: bool = True) -> Callable[[Any], Any]:
+    """``--out``, required."""
+    return click.option(
+        "--out", required=True, type=click.Path(dir_okay=dir_okay, path_type=Path), help=help
+    )
+
+
+def _between(first: Decimal, second: Decimal, last: Decimal) -> list[Decimal]:
+    """The progression after ``second`` and before ``last``."""
+    step = second - first
+    if not step or (last - second) / step < 0:
+        raise ValueError(f"{first},{second},...,{last} does not lead to {last}")
+    number = (last - second) / step
+    if number > _MOST_VALUES:
+        raise ValueError(f"{first},{second},...,{last} has more than {_MOST_VALUES} values")
+    whole = int(number)
+    if number != whole:
+        below = second + whole * step
+        raise ValueError(
+            f"{first},{second},...,{last} does not fit: steps of {step} reach {below} and "
+            f"{below + step}, not {last}"
+        )
+    return [second + k * step for k in range(1, whole)]
+
+
+def _decimal(part: str, text: str) -> Decimal:
+    try:
+        number = Decimal(part)
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite():
+        where = f" in {text!r}" if part != text else ""
+        raise ValueError(f"{part!r}{where} is not a number")
+    return number

@@ -1,0 +1,123 @@
+"""``posthoc-ema reconstruct``: averages of any length, as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from posthoc_ema.cli.options import (
+    Numbers,
+    folder_argument,
+    json_option,
+    method_option,
+    out_option,
+    profile_option,
+    sigma_rel_option,
+    time_option,
+    wanted_profiles,
+)
+from posthoc_ema.cli.output import Misuse, command, echo_json, format_error, note, table
+from posthoc_ema.profiles import Profile
+from posthoc_ema.reconstruct import Reconstruction
+from posthoc_ema.reconstruct import reconstruct as reconstruct_averages
+from posthoc_ema.snapshots import SnapshotStore
+
+
+@command("reconstruct")
+@folder_argument
+@sigma_rel_option()
+@profile_option
+@out_option(
+    "A folder, where each result gets a file named after its length; or, for a single result, "
+    "a file name.safetensors."
+)
+@time_option
+@method_option
+@click.option(
+    "--names",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only averaged tensors whose names match, such as 'decoder.*', and no buffers. May be "
+    "given several times.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace results that exist already.")
+@json_option
+def reconstruct(
+    store: SnapshotStore,
+    sigma_rel: Numbers | None,
+    profiles: tuple[Profile, ...],
+    out: Path,
+    t: float | None,
+    method: str,
+    names: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Make averages of any length, as safetensors files.
+
+    All results come from one pass over the snapshots in FOLDER, in little memory whatever the
+    size of the model; large results are split into shards with an index. Any tool that reads
+    safetensors loads them as a state dict.
+
+    Example:
+      posthoc-ema reconstruct run/ema --sigma-rel 0.05,0.07 --out averages/
+      posthoc-ema reconstruct run/ema --sigma-rel 0.07 --t 50000 --out at-50000.safetensors
+      posthoc-ema reconstruct run/ema --profile uniform:window=0.2 --out averages/
+    """
+    targets = wanted_profiles(sigma_rel, profiles)
+    if not targets:
+        raise click.UsageError("say which average: --sigma-rel 0.05, or --profile ...")
+    is_file = out.name.endswith(".safetensors")
+    if (out.parent if is_file else out).resolve() == store.path.resolve():
+        raise click.UsageError(f"--out {out} lies in the snapshot folder; give another folder")
+    # In a folder even a single result is named after its length, which a sequence gives.
+    one_file = is_file and len(targets) == 1
+    try:
+        results: Any = reconstruct_averages(
+            store,
+            target=targets[0] if one_file else targets,
+            t=t,
+            method=method,
+            out=out,
+            overwrite=overwrite,
+            framework="numpy",
+            names=names or None,
+        )
+    except FileExistsError as error:
+        raise Misuse(f"{error}, or add --overwrite to replace it") from error
+    results = [results] if one_file else results
+    if as_json:
+        echo_json([_describe(result) for result in results])
+    else:
+        header = ("file", "predicted error", "profile error", "L1 norm", "L2 norm")
+        click.echo(table(header, [_row(result) for result in results]))
+    for remark in results[0].diagnostics["remarks"]:
+        note(f"Note: {remark}")
+
+
+def _row(result: Reconstruction) -> tuple[str, ...]:
+    more = len(result.files) - 1
+    return (
+        f"{result.files[0]} (and {more} more shards)" if more else str(result.files[0]),
+        format_error(result.predicted_error),
+        format_error(result.diagnostics["profile_error"]),
+        f"{result.diagnostics['l1_norm']:.3f}",
+        f"{result.diagnostics['l2_norm']:.3f}",
+    )
+
+
+def _describe(result: Reconstruction) -> dict[str, Any]:
+    diagnostics = ("profile_error", "condition_number", "l1_norm", "l2_norm", "remarks")
+    return {
+        "files": [str(path) for path in result.files],
+        "t": result.t,
+        "profile": result.profile,
+        "predicted_error": result.predicted_error,
+        **{key: result.diagnostics[key] for key in diagnostics},
+        "coefficients": [
+            {"t": t, "profile": profile, "coefficient": x}
+            for (t, profile), x in zip(result.inputs, result.coefficients, strict=True)
+        ],
+    }
