@@ -521,9 +521,9 @@ def test_unsuitable_tensors_are_named() -> None:
         EMA(sigma_rel=SIGMA).update(module)
     with pytest.raises(StructureError, match="weight is on the meta device"):
         EMA(sigma_rel=SIGMA).update(nn.Linear(2, 2, device="meta"))
-    with pytest.raises(StructureError, match="s has layout torch.sparse_coo"):
+    with pytest.raises(StructureError, match=r"s has layout torch\.sparse_coo"):
         EMA(sigma_rel=SIGMA).update({"s": torch.eye(3).to_sparse()})
-    with pytest.raises(StructureError, match="x is a float, expected a torch.Tensor"):
+    with pytest.raises(StructureError, match=r"x is a float, expected a torch\.Tensor"):
         EMA(sigma_rel=SIGMA).update({"w": torch.ones(1), "x": 1.0})
 
 
