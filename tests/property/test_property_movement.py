@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posthoc_ema import PowerFunction, Profile, solve
-from posthoc_ema.movement import Movement, fit_movement, interval_quadrature, neighbours
+from posthoc_ema.movement import Movement, fit_movement, neighbours
+from posthoc_ema.quadrature import interval_quadrature
 
 STEPS, WALKS = 512, 4096
 

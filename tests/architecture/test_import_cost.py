@@ -1,0 +1,76 @@
+"""`import posthoc_ema` loads numpy, and nothing else that was installed."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import run_python
+
+FRAMEWORKS = {"torch", "jax", "scipy", "matplotlib", "ml_dtypes"}
+IMPORT_SECONDS = 0.15
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a statement adds to those of bare numpy, standard library apart."""
+    printed = run_python(
+        "-c",
+        "import sys, numpy; before = set(sys.modules)\n"
+        f"{statement}\n"
+        "tops = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*sorted(tops - set(sys.stdlib_module_names)))",
+    )
+    return set(printed.split())
+
+
+def test_only_numpy_is_loaded() -> None:
+    assert loaded_by("import posthoc_ema") - {"numpy"} == {"posthoc_ema"}
+
+
+@pytest.mark.parametrize("stray", ["click", "tqdm", "safetensors", "scipy"])
+def test_more_is_noticed(stray: str) -> None:
+    assert loaded_by(f"import posthoc_ema, {stray}") - {"numpy"} != {"posthoc_ema"}
+
+
+def test_core_work_needs_no_framework() -> None:
+    """Solving, tracking numpy arrays, writing and reconstructing snapshots."""
+    loaded = loaded_by(
+        "import tempfile, numpy as np\n"
+        "from posthoc_ema import EMA, reconstruct, solve\n"
+        "solve([(1, 0.05), (2, 0.05)], (2, 0.1))\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    ema = EMA(snapshots=folder, every=2)\n"
+        "    for step in range(4):\n"
+        "        ema.update({'w': np.full(3, float(step))})\n"
+        "    reconstruct(folder, sigma_rel=0.07).state_dict()\n"
+    )
+    assert loaded & FRAMEWORKS == set()
+
+
+def test_command_line_needs_no_framework() -> None:
+    assert loaded_by("import posthoc_ema.cli") & FRAMEWORKS == set()
+
+
+def test_frameworks_are_noticed() -> None:
+    """matplotlib for all of them: it is the quickest to load."""
+    assert loaded_by("import posthoc_ema.cli, matplotlib") & FRAMEWORKS == {"matplotlib"}
+
+
+def import_seconds(statement: str) -> float:
+    """Processor time of a statement after `import numpy`, the least of several processes.
+
+    Processor time, not that of the clock: other processes on the machine do not add to it.
+    """
+    code = (
+        "import time, numpy; start = time.process_time()\n"
+        f"{statement}\n"
+        "print(time.process_time() - start)"
+    )
+    return min(float(run_python("-c", code)) for _ in range(5))
+
+
+def test_import_is_quick() -> None:
+    assert import_seconds("import posthoc_ema") < IMPORT_SECONDS
+
+
+def test_slow_import_is_noticed() -> None:
+    """As slow as with scipy.optimize, which would be the first to slip in."""
+    assert import_seconds("import posthoc_ema, scipy.optimize") > IMPORT_SECONDS
