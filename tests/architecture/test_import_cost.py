@@ -54,23 +54,29 @@ def test_frameworks_are_noticed() -> None:
     assert loaded_by("import posthoc_ema.cli, matplotlib") & FRAMEWORKS == {"matplotlib"}
 
 
-def import_seconds(statement: str) -> float:
-    """Processor time of a statement after `import numpy`, the least of several processes.
+def import_seconds(statement: str, enough: float) -> float:
+    """Processor time of a statement after `import numpy`: the first of three below ``enough``.
 
-    Processor time, not that of the clock: other processes on the machine do not add to it.
+    Processor time, not that of the clock, and several chances: what other processes do on the
+    machine shall not decide.
     """
     code = (
         "import time, numpy; start = time.process_time()\n"
         f"{statement}\n"
         "print(time.process_time() - start)"
     )
-    return min(float(run_python("-c", code)) for _ in range(5))
+    seconds = 0.0
+    for _ in range(3):
+        seconds = float(run_python("-c", code))
+        if seconds < enough:
+            break
+    return seconds
 
 
 def test_import_is_quick() -> None:
-    assert import_seconds("import posthoc_ema") < IMPORT_SECONDS
+    assert import_seconds("import posthoc_ema", IMPORT_SECONDS) < IMPORT_SECONDS
 
 
 def test_slow_import_is_noticed() -> None:
-    """As slow as with scipy.optimize, which would be the first to slip in."""
-    assert import_seconds("import posthoc_ema, scipy.optimize") > IMPORT_SECONDS
+    slow = "import posthoc_ema\nwhile time.process_time() - start < 0.2: pass"
+    assert import_seconds(slow, IMPORT_SECONDS) > IMPORT_SECONDS
