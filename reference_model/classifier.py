@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
+from reference_model.data import encode_pixels
 
 
 @dataclass(frozen=True)
@@ -100,31 +99,31 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def describe(
-        self, images: Images, batch_size: int = 1024
-    ) -> tuple[NDArray[np.float64], Labels]:
+        self, images: Tensor, batch_size: int = 1024
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Features and predicted classes of images.
 
         Args:
-            images: ``[N, C, H, W]`` uint8.
+            images: uint8 ``[N, C, H, W]``.
             batch_size: Images per forward pass.
 
         Returns:
-            Standardised features ``[N, num_features]`` float64 and classes ``[N]``.
+            Standardised features ``[N, num_features]`` float64 and classes ``[N]`` int64.
         """
         features, classes = [], []
-        for start in range(0, len(images), batch_size):
-            hidden = self._activations(_to_float(images[start : start + batch_size]))
+        for batch in images.split(batch_size):
+            hidden = self._activations(encode_pixels(batch))
             features.append((hidden - self.feature_mean) / self.feature_std)
             classes.append(self.head(hidden).argmax(dim=1))
         return torch.cat(features).double().numpy(), torch.cat(classes).numpy()
 
-    def accuracy(self, images: Images, labels: Labels) -> float:
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Fraction of images ``[N, C, H, W]`` put into their class ``[N]``."""
-        return float((self.describe(images)[1] == labels).mean())
+        return float((self.describe(images)[1] == labels.numpy()).mean())
 
 
 def train_classifier(
-    config: ClassifierConfig, images: Images, labels: Labels, *, progress: bool = True
+    config: ClassifierConfig, images: Tensor, labels: Tensor, *, progress: bool = True
 ) -> Classifier:
     """Train from scratch; the same config and images give the same classifier.
 
@@ -132,8 +131,8 @@ def train_classifier(
 
     Args:
         config: Widths and training options.
-        images: Training images ``[N, C, H, W]`` uint8.
-        labels: Their classes ``[N]``, counted from 0.
+        images: Training images, uint8 ``[N, C, H, W]``.
+        labels: Their classes ``[N]`` int64, counted from 0.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -147,7 +146,7 @@ def train_classifier(
             f"the classifier needs at least {config.batch_size} images, one label each "
             f"(got {len(images)} images, {len(labels)} labels)"
         )
-    x, y = _to_float(images), torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    x, y = encode_pixels(images), labels
     steps_per_epoch = len(x) // config.batch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -176,8 +175,8 @@ def train_classifier(
 
 def cached_classifier(
     config: ClassifierConfig,
-    images: Images,
-    labels: Labels,
+    images: Tensor,
+    labels: Tensor,
     cache_dir: str | Path,
     *,
     progress: bool = True,
@@ -186,8 +185,8 @@ def cached_classifier(
 
     Args:
         config: Widths and training options.
-        images: Training images ``[N, C, H, W]`` uint8.
-        labels: Their classes ``[N]``.
+        images: Training images, uint8 ``[N, C, H, W]``.
+        labels: Their classes ``[N]`` int64.
         cache_dir: Folder of the cached file, created if missing.
         progress: Whether to show a progress bar if it must train.
 
@@ -221,14 +220,10 @@ def _load(path: Path, config: ClassifierConfig) -> Classifier:
     return model.eval()
 
 
-def _to_float(images: Images) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1.0
-
-
-def _digest(config: ClassifierConfig, images: Images, labels: Labels) -> str:
+def _digest(config: ClassifierConfig, images: Tensor, labels: Tensor) -> str:
     """Twelve hexadecimal digits that change with the config or the data."""
-    about = {"config": asdict(config), "shape": images.shape, "version": 1}
+    about = {"config": asdict(config), "shape": list(images.shape), "version": 1}
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    sha.update(np.ascontiguousarray(images).tobytes())
-    sha.update(np.ascontiguousarray(labels, dtype=np.int64).tobytes())
+    for data in (images, labels):
+        sha.update(data.numpy().tobytes())
     return sha.hexdigest()[:12]

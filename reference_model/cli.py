@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
+from reference_model import cli_evaluation
+from reference_model.cli_support import errors_as_messages, run_dir_option
 from reference_model.configs import NetworkConfig, TrainConfig
 from reference_model.presets import PRESETS, preset
-
-run_dir_option = click.option(
-    "--run-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Directory of the run.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
-    r"""EDM2's diffusion network (config G), with the EMA length chosen after training.
+    """EDM2's diffusion network (config G), with the EMA length chosen after training.
 
     \b
-    Train on the embedded handwritten digits (two minutes), then look at samples:
+    See what that is for (five minutes), on embedded handwritten digits:
+      python -m reference_model demo --run-dir runs/demo
+
+    \b
+    Or step by step: train, look at samples, find the best EMA length:
       python -m reference_model train --preset digits --run-dir runs/digits
       python -m reference_model generate --run-dir runs/digits --sigma-rel 0.1 --out samples
-    """
+      python -m reference_model sweep --run-dir runs/digits
+    """  # noqa: D301 (click takes \\b for the character)
 
 
 class ConfigValue(click.ParamType):  # type: ignore[type-arg]
@@ -81,15 +80,6 @@ def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfi
     of_network: dict[str, Any] = {k: v for k, v in given.items() if k in network_names}
     of_training: dict[str, Any] = {k: v for k, v in given.items() if k not in network_names}
     return replace(config, network=replace(config.network, **of_network), **of_training)
-
-
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Show errors that tell the user what to do as a line instead of a traceback."""
-    try:
-        yield
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @main.command()
@@ -202,3 +192,12 @@ def parse_numbers(text: str, what: str) -> list[int]:
     if not numbers:
         raise click.UsageError(f"{what} must name at least one number (got {text!r})")
     return numbers
+
+
+for _command in (
+    cli_evaluation.evaluate,
+    cli_evaluation.sweep,
+    cli_evaluation.report,
+    cli_evaluation.demo,
+):
+    main.add_command(_command)

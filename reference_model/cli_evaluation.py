@@ -1,0 +1,168 @@
+"""Commands that measure a run: evaluate, sweep, report, demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reference_model.cli_support import SigmaRels, errors_as_messages, run_dir_option
+from reference_model.protocol import Protocol
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
+
+
+def protocol_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a measuring protocol."""
+    for spec in reversed(fields(Protocol)):
+        option = click.option(
+            f"--{spec.name.replace('_', '-')}",
+            spec.name,
+            type=int,
+            help=f"{spec.metadata['help']}  [default: {spec.default}]",
+        )
+        command = option(command)
+    return command
+
+
+def chosen_protocol(run_dir: Path, options: dict[str, int | None]) -> Protocol:
+    """The protocol of the run's sweep, if there was one, with the options given."""
+    from reference_model.sweep_record import load_record
+
+    record = load_record(run_dir)
+    before = Protocol() if record is None else Protocol(**record.settings["protocol"])
+    return replace(before, **{name: n for name, n in options.items() if n is not None})
+
+
+@click.command()
+@run_dir_option
+@click.option("--sigma-rel", type=float, help="EMA length, as a fraction of training time.")
+@click.option("--raw", is_flag=True, help="Measure the raw training weights.")
+@protocol_options
+@json_option
+@quiet_option
+def evaluate(
+    run_dir: Path,
+    sigma_rel: float | None,
+    raw: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: int | None,
+) -> None:
+    """Measure images of one EMA length, or of the raw weights.
+
+    Prints the Fréchet distance between generated and held-out images, in the features of a
+    classifier that is trained on the run's data set once and kept in the run directory. Lower is
+    better; compare only distances of equally many images. Options not given are those of the run's
+    sweep, if there was one.
+    """
+    if (sigma_rel is None) == (not raw):
+        raise click.UsageError("give either --sigma-rel, such as --sigma-rel 0.1, or --raw")
+    with errors_as_messages():
+        from reference_model.sweep import evaluate as run_evaluation
+
+        score = run_evaluation(
+            run_dir, sigma_rel, chosen_protocol(run_dir, options), progress=not quiet
+        )
+    if as_json:
+        numbers = {"distance": score.distance, "standard_error": _number(score.error)}
+        click.echo(json.dumps({"sigma_rel": sigma_rel, **numbers, **asdict(score)}))
+    else:
+        agreement = 100 * sum(score.agreement) / len(score.agreement)
+        click.echo(f"Fréchet distance  {score.distance:.4f} ± {score.error:.4f}")
+        click.echo(f"Read as intended  {agreement:.1f} %")
+
+
+@click.command()
+@run_dir_option
+@click.option(
+    "--sigma-rel",
+    "sigma_rels",
+    type=SigmaRels(),
+    default="0.01,0.02,0.03,0.05,0.07,0.1,0.13,0.16,0.2,0.25",
+    show_default=True,
+    help="EMA lengths; three dots continue a progression, as in 0.01,0.02,...,0.25.",
+)
+@protocol_options
+@json_option
+@quiet_option
+def sweep(
+    run_dir: Path, sigma_rels: tuple[float, ...], as_json: bool, quiet: bool, **options: int | None
+) -> None:
+    """Measure many EMA lengths and the raw weights, and write the report.
+
+    All lengths are reconstructed in one pass over the snapshots, and all start from the same
+    noise, so that differences between them are real. What was measured before is kept: interrupt
+    at will, and add lengths later. Other options than before start the measurements anew.
+    """
+    with errors_as_messages():
+        from reference_model.report import write_report
+        from reference_model.sweep import sweep as run_sweep
+
+        record = run_sweep(
+            run_dir, sigma_rels, chosen_protocol(run_dir, options), progress=not quiet
+        )
+        path = write_report(run_dir)
+    if as_json:
+        rows = [
+            {
+                "sigma_rel": m.sigma_rel,
+                "distance": m.distance,
+                "standard_error": _number(m.error),
+                "distances": m.distances,
+                "agreement": m.agreement,
+                "predicted_error": m.predicted_error,
+            }
+            for m in record.measurements
+        ]
+        best = None if record.best is None else record.best.sigma_rel
+        click.echo(json.dumps({"best": best, "measurements": rows, "report": str(path)}))
+        return
+    click.echo(f"{'sigma_rel':>9}  {'distance':>8}  {'std error':>9}  {'as intended':>11}")
+    for m in record.measurements:
+        name = "raw" if m.sigma_rel is None else f"{m.sigma_rel:g}"
+        agreement = 100 * sum(m.agreement) / len(m.agreement)
+        mark = "  best" if m is record.best else ""
+        click.echo(f"{name:>9}  {m.distance:8.4f}  {m.error:9.4f}  {agreement:9.1f} %{mark}")
+    click.echo(f"Wrote {path}")
+
+
+@click.command()
+@run_dir_option
+def report(run_dir: Path) -> None:
+    """Write report.html from what the run directory holds.
+
+    One self-contained page, with the curve of a sweep if there was one.
+    """
+    with errors_as_messages():
+        from reference_model.report import write_report
+
+        path = write_report(run_dir)
+    click.echo(f"Wrote {path}")
+
+
+@click.command()
+@run_dir_option
+@click.option("--fresh", is_flag=True, help="Remove what an earlier demo left, and start over.")
+@click.option("--quick", is_flag=True, help="A tiny version in seconds; its images are noise.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def demo(run_dir: Path, fresh: bool, quick: bool, quiet: bool) -> None:
+    """Train on handwritten digits, choose the EMA length afterwards, write a report.
+
+    Takes about five minutes on two CPU cores. Interrupt at will: the same command goes on where
+    it stopped.
+    """
+    with errors_as_messages():
+        from reference_model.demo import demo as run_demo
+
+        run_demo(run_dir, quick=quick, fresh=fresh, progress=not quiet)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if value == value else None

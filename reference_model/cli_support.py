@@ -1,0 +1,53 @@
+"""What the commands share: options, number lists, and errors shown as a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import click
+
+run_dir_option = click.option(
+    "--run-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Directory of the run.",
+)
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Show errors that tell the user what to do as a line instead of a traceback."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+class SigmaRels(click.ParamType):  # type: ignore[type-arg]
+    """EMA lengths such as ``0.05,0.1`` or ``0.01,0.02,...,0.25``."""
+
+    name = "A,B,...,C"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the numbers, each once, or fail saying what was expected."""
+        try:
+            # Decimals: 0.01 + 2 × 0.01 shall be 0.03, the same as typed.
+            numbers: list[Decimal] = []
+            parts = [part.strip() for part in value.split(",")]
+            for place, part in enumerate(parts):
+                if part in ("...", "…"):
+                    last = Decimal(parts[place + 1])
+                    step = numbers[-1] - numbers[-2]
+                    if step <= 0 or (last - numbers[-1]) % step:
+                        self.fail(f"{value!r}: steps of {step} do not lead to {last}", param, ctx)
+                    while numbers[-1] + step < last:
+                        numbers.append(numbers[-1] + step)
+                else:
+                    numbers.append(Decimal(part))
+            return tuple(dict.fromkeys(float(number) for number in numbers))
+        except (InvalidOperation, IndexError):
+            self.fail(f"{value!r} is not of the form 0.05,0.1 or 0.01,0.02,...,0.25", param, ctx)

@@ -1,0 +1,162 @@
+"""How good are a network's images? One protocol for every set of weights of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference_model.classifier import ClassifierConfig, cached_classifier
+from reference_model.data import load_dataset
+from reference_model.metrics import FeatureStatistics, frechet_distance, mean_and_error
+from reference_model.protocol import Protocol
+from reference_model.sampler import generate_images
+
+
+@dataclass(frozen=True)
+class Score:
+    """Measurements of one set of weights, one number for each repeat.
+
+    Attributes:
+        distances: Fréchet distance to the held-out images; lower is better.
+        agreement: Fraction of images that the classifier reads as the class asked for.
+    """
+
+    distances: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+    @property
+    def distance(self) -> float:
+        """Mean distance."""
+        return mean_and_error(self.distances)[0]
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean distance; NaN for a single repeat."""
+        return mean_and_error(self.distances)[1]
+
+
+class Judge:
+    """Compares images with a data set's held-out images, in a classifier's feature space.
+
+    Args:
+        data: Name of the data set.
+        protocol: What is generated and how.
+        cache_dir: Where the classifier is kept once trained.
+        classifier: How the classifier is built and trained.
+        progress: Whether to show a progress bar if the classifier must be trained.
+
+    Attributes:
+        digest: Identifies classifier and training data; scores under another are not comparable.
+        accuracy: Of the classifier on the held-out images.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        protocol: Protocol,
+        cache_dir: str | Path,
+        *,
+        classifier: ClassifierConfig | None = None,
+        progress: bool = True,
+    ) -> None:
+        config = classifier or ClassifierConfig()
+        if protocol.images <= config.num_features:
+            # Refused by the distance too, but after minutes of training and sampling.
+            raise ValueError(
+                f"a Fréchet distance of {config.num_features} features needs at least "
+                f"{config.num_features + 1} images in each repeat (got {protocol.images})"
+            )
+        self.protocol = protocol
+        self._train = load_dataset(data, "train")
+        self._held_out = load_dataset(data, "held_out")
+        self.num_classes = self._train.num_classes
+        self._classifier, self.digest = cached_classifier(
+            config, self._train.images, self._train.labels, cache_dir, progress=progress
+        )
+        self.accuracy = self._classifier.accuracy(self._held_out.images, self._held_out.labels)
+        self._reference = self._statistics(self._classifier.describe(self._held_out.images)[0])
+
+    def describe(self) -> dict[str, Any]:
+        """What the numbers rest on, as plain data for reports."""
+        return {
+            "digest": self.digest,
+            "features": self._reference.dim,
+            "accuracy": self.accuracy,
+            "train_images": len(self._train),
+            "held_out_images": len(self._held_out),
+        }
+
+    def judge(self, images: Tensor, classes: Tensor) -> tuple[float, Tensor]:
+        """Compare one set of images with the held-out ones.
+
+        Args:
+            images: uint8 ``[N, C, H, W]``, N above the number of features.
+            classes: The class that each was meant to show, int64 ``[N]``.
+
+        Returns:
+            The Fréchet distance, and the class as which each is read, int64 ``[N]``.
+        """
+        features, read_as = self._classifier.describe(images)
+        if len(classes) != len(images):
+            raise ValueError(f"{len(images)} images with {len(classes)} classes")
+        return frechet_distance(self._statistics(features), self._reference), torch.from_numpy(
+            read_as
+        )
+
+    def score(
+        self, net: Any, on_repeat: Callable[[Tensor, Tensor], object] = lambda images, read: None
+    ) -> Score:
+        """Generate images by the protocol and measure them.
+
+        Args:
+            net: A network as `generate_images` takes it.
+            on_repeat: Called after each repeat with its images, uint8 ``[N, C, H, W]``, and
+                the classes that they are read as, int64 ``[N]``.
+        """
+        protocol = self.protocol
+        classes = torch.tensor(protocol.classes(self.num_classes))
+        distances, agreement = [], []
+        for repeat in range(protocol.repeats):
+            images = generate_images(
+                net,
+                protocol.seeds(repeat),
+                classes if net.config.label_dim else None,
+                batch_size=protocol.batch_size,
+                num_steps=protocol.num_steps,
+            )
+            distance, read_as = self.judge(images, classes)
+            distances.append(distance)
+            agreement.append(float((read_as == classes).double().mean()))
+            on_repeat(images, read_as)
+        return Score(tuple(distances), tuple(agreement))
+
+    def score_real(self) -> Score:
+        """Score real training images in place of generated ones: what a perfect model would get.
+
+        It is not zero: both sets are finite. Each repeat draws as many images, as evenly over the
+        classes, as a repeat of :meth:`score` generates; fewer where the data set has not as many.
+        """
+        distances, agreement = [], []
+        labels = self._train.labels.numpy()
+        members = [np.flatnonzero(labels == c) for c in range(self.num_classes)]
+        each = min(self.protocol.images // self.num_classes, min(map(len, members)))
+        for repeat in range(self.protocol.repeats):
+            rng = np.random.default_rng((self.protocol.first_seed, repeat))
+            drawn = np.concatenate([rng.permutation(of_class)[:each] for of_class in members])
+            chosen = torch.from_numpy(drawn)
+            classes = self._train.labels[chosen]
+            distance, read_as = self.judge(self._train.images[chosen], classes)
+            distances.append(distance)
+            agreement.append(float((read_as == classes).double().mean()))
+        return Score(tuple(distances), tuple(agreement))
+
+    def _statistics(self, features: Any) -> FeatureStatistics:
+        statistics = FeatureStatistics(features.shape[1])
+        statistics.update(features)
+        return statistics

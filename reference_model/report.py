@@ -1,0 +1,119 @@
+"""The report of a run: one self-contained HTML page, made from the run's files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from reference_model import report_sections
+from reference_model.charts import number
+from reference_model.checkpoint import STATS_FILE, RunDirError, load_config, write_atomically
+from reference_model.configs import TrainConfig
+from reference_model.report_explorer import explorer
+from reference_model.report_images import Pixels, read_sheet
+from reference_model.sweep import SAMPLES, SHEET_COLUMNS, label
+from reference_model.sweep_record import SweepRecord, load_record
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the report is made of.
+
+    Attributes:
+        run_dir: Directory of the run.
+        config: What it was started with.
+        stats: Lines of its statistics.
+        record: Its sweep, if there was one.
+        sheets: Images by set of weights: ``raw``, ``sigma_rel=…``, ``direct_sigma_rel=…``.
+    """
+
+    run_dir: Path
+    config: TrainConfig
+    stats: list[dict[str, Any]]
+    record: SweepRecord | None
+    sheets: Mapping[str, Pixels]
+
+
+def load_run(run_dir: str | os.PathLike[str]) -> Run:
+    """Read a run's files.
+
+    Raises:
+        RunDirError: If there is no run, or a file cannot be understood.
+    """
+    run_dir = Path(run_dir)
+    config, record = load_config(run_dir), load_record(run_dir)
+    stats_path = run_dir / STATS_FILE
+    lines = stats_path.read_text().splitlines() if stats_path.exists() else []
+    try:
+        stats = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise RunDirError(f"{stats_path} has a line that is not JSON: {error}") from error
+    sheets: dict[str, Pixels] = {}
+    if record is not None:
+        names = [label(m.sigma_rel) for m in record.measurements]
+        for name in [*names, *(f"direct_{n}" for n in names)]:
+            path = run_dir / SAMPLES / f"{name}.png"
+            images = read_sheet(path, len(record.shown), SHEET_COLUMNS)
+            if images is not None:
+                sheets[name] = images
+    return Run(run_dir, config, stats, record, sheets)
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` into a run's directory.
+
+    Args:
+        run_dir: Directory of a run; what it holds so far decides what the page shows.
+
+    Returns:
+        Path of the page. It asks for nothing from elsewhere: one file to keep or send.
+
+    Raises:
+        RunDirError: If there is no run.
+    """
+    run = load_run(run_dir)
+    path = run.run_dir / REPORT_FILE
+    page = render(run).encode()
+    write_atomically(path, lambda file: file.write(page))
+    return path
+
+
+def render(run: Run) -> str:
+    """The page's HTML."""
+    sections = [report_sections.header(run)]
+    states: list[dict[str, Any]] = []
+    if run.record is not None and run.record.best is not None:
+        record = run.record
+        sections.append(report_sections.quality(run, record))
+        sections.append(explorer(run, record))
+        states = [
+            {
+                "sigma": m.sigma_rel,
+                "name": f"σ_rel = {m.sigma_rel:g}",
+                "about": f"distance {number(m.distance)} ± {number(m.error, 1)}"
+                + (" · the best" if m is record.best else ""),
+            }
+            for m in record.averages
+        ]
+    sections += [report_sections.training(run), report_sections.facts(run)]
+    sections.append(report_sections.what_next(run))
+
+    template = resources.files("reference_model").joinpath("report_template.html").read_text()
+    parts = {
+        "title": escape(f"{run.run_dir.name} · EMA length"),
+        "body": "\n".join(sections),
+        "footer": report_sections.footer(run),
+        # "</script>" inside the data would end the script element that holds it.
+        "data": json.dumps(states).replace("</", "<\\/"),
+    }
+    for name, text in parts.items():
+        template = template.replace("{{" + name + "}}", text)
+    return template
