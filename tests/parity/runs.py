@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from posthoc_ema import Profile
+from posthoc_ema import EMA, Profile, Snapshot
 
 Weights = dict[str, NDArray[Any]]
 
@@ -206,3 +207,60 @@ def by_name(kind: str, average: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+# Runs on disk --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run: every weight of every step beside its snapshots."""
+
+    folder: Path
+    times: list[float]
+    history: list[Weights]
+
+    def true_average(self, profile: Profile, t: float | None = None) -> dict[str, NDArray[Any]]:
+        """The average that direct tracking would have given at time ``t``."""
+        n = sum(1 for time in self.times if t is None or time <= t)
+        return explicit_average(profile, self.times[:n], self.history[:n])
+
+
+SHAPES = {"enc.w": (40, 7), "enc.b": (40,), "dec.w": (30, 11), "scale": ()}
+
+
+def record(
+    folder: Path,
+    steps: int = 96,
+    every: float = 12,
+    sigma_rel: Sequence[float] = (0.05, 0.10),
+    encoding: str = "float32",
+    convert: Callable[[Weights], Any] = _numpy,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    seed: int = 0,
+    scale: float = 1.0,
+    unit: float = 1,
+) -> Run:
+    """Train nothing for some steps, with snapshots; ``unit`` is the time of one step."""
+    history = random_walk(steps, shapes, seed, scale)
+    times = [step * unit for step in range(1, steps + 1)]
+    ema = EMA(sigma_rel=sigma_rel, snapshots=folder, every=every * unit, encoding=encoding)
+    for t, weights in zip(times, history, strict=True):
+        ema.update(convert(weights), t=t)
+    return Run(folder, times, history)
+
+
+def combine(snapshots: Sequence[Snapshot], coefficients: Any, name: str) -> NDArray[Any]:
+    """Σ coefficient·tensor in float64, from the files themselves."""
+    return np.asarray(
+        sum(
+            x * _wide(snapshot.read(name))
+            for x, snapshot in zip(coefficients, snapshots, strict=True)
+        )
+    )
+
+
+def relative_rms(found: Any, expected: NDArray[Any]) -> float:
+    """RMS difference over the RMS of what was expected."""
+    difference = as_float64(found) - expected
+    return float(np.sqrt(np.mean(np.abs(difference) ** 2) / np.mean(np.abs(expected) ** 2)))
