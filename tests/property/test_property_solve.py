@@ -234,6 +234,17 @@ def test_weights_that_do_not_move(inputs: Any) -> None:
     assert_close(solution.coefficients, expected, atol=1e-13, reason="rounding")
 
 
+def test_defaults_are_as_documented() -> None:
+    """A constant rate of one, and the rounding of float32: 1e-14 of the movement in all."""
+    inputs = [(t, s) for t in (1, 2, 5) for s in (0.05, 0.1)]
+    given_nothing = solve(inputs, (5, 0.02))
+    given_all = solve(
+        inputs, (5, 0.02), movement=Movement.constant(5), noise=np.full(len(inputs), 5e-14)
+    )
+    assert_equal(given_nothing.coefficients, given_all.coefficients)
+    assert_equal(given_nothing.expected_square, given_all.expected_square)
+
+
 def test_neither_movement_nor_noise() -> None:
     """Every combination is right; the answer must be one of them, and free of NaN."""
     inputs = [(t, s) for t in (1, 2, 3) for s in (0.05, 0.1)]
