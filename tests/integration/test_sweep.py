@@ -245,3 +245,14 @@ def test_a_cache_of_a_newer_version_is_refused(run: Path, tmp_path: Path) -> Non
     cache.write_text(cache.read_text().replace('"posthoc_ema_sweep": 1', '"posthoc_ema_sweep": 2'))
     with pytest.raises(ValueError, match="has version 2, this library reads 1"):
         sweep(run, [0.05], Metric(valley(0.05)), cache=cache)
+
+
+def test_progress_is_shown_on_standard_error_if_asked_for(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(run, LENGTHS, Metric(valley(0.05)), progress=True)
+    shown = capsys.readouterr()
+    assert "sweep: 100%" in shown.err
+    assert shown.out == ""
+    sweep(run, LENGTHS, Metric(valley(0.05)))
+    assert capsys.readouterr().err == "", "standard error is no terminal here"
