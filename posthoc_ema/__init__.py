@@ -39,5 +39,8 @@ from posthoc_ema.snapshot_file import Snapshot as Snapshot
 from posthoc_ema.snapshots import SnapshotStore as SnapshotStore
 from posthoc_ema.solve import Solution as Solution
 from posthoc_ema.solve import solve as solve
+from posthoc_ema.sweep import SweepResult as SweepResult
+from posthoc_ema.sweep import find_best as find_best
+from posthoc_ema.sweep import sweep as sweep
 
 __version__ = "0.1.0"

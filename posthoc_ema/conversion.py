@@ -40,7 +40,7 @@ def sigma_rel_to_gamma(sigma_rel: ArrayLike) -> NDArray[np.float64]:
     if bad.any():
         raise ValueError(
             f"sigma_rel must be in (0, {SIGMA_REL_MAX:.6f}] (got {sigma_rel[bad].tolist()}); "
-            "0.288675 is the plain mean over the whole run, and no longer average exists"
+            "0.288675 is the plain mean over the whole run, and no average is longer"
         )
     s2, s2_low = _square(sigma_rel)
     # Depressed cubic x³ - p·x + q = 0 with γ = x - 7/3; three real roots.

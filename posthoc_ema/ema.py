@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy as copy
@@ -17,7 +16,8 @@ from posthoc_ema.profiles import Profile, as_profile, profile_from_dict
 from posthoc_ema.schedule import Every, Schedule, update_weight
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
 from posthoc_ema.snapshots import SnapshotStore
-from posthoc_ema.trackers.base import Selection, Tracker, flatten_mapping
+from posthoc_ema.trackers.base import Selection, Tracker
+from posthoc_ema.trackers.pick import is_writer, make_tracker
 
 STATE_VERSION = 1
 NONFINITE = ("ignore", "skip", "raise")
@@ -191,7 +191,7 @@ class EMA:
         self._require_update()
         if not self._claimed:
             self._claim(self._t)
-        if not _writes_snapshots():
+        if not is_writer():
             return []
         run = self._identity()
         present = {s.profile for s in self._store.scan()[0] if s.t == self._t}
@@ -361,7 +361,7 @@ class EMA:
         return t, False
 
     def _bind(self, model: Any) -> None:
-        tracker = _make_tracker(model, self._select, len(self._profiles), self._device)
+        tracker = make_tracker(model, self._select, len(self._profiles), self._device)
         if not tracker.averaged:
             raise StructureError("the model has no floating-point tensors to average")
         if self._pending is not None:
@@ -371,7 +371,7 @@ class EMA:
 
     def _load_into(self, tracker: Tracker, averages: Sequence[Mapping[str, Any]]) -> None:
         expected = {spec.name: spec.shape for spec in tracker.averaged}
-        for track, values in enumerate(averages):
+        for values in averages:  # all, before the first is touched
             found = {name: tuple(value.shape) for name, value in values.items()}
             if found != expected:
                 wrong = sorted(
@@ -382,11 +382,12 @@ class EMA:
                     f"{found.get(wrong[0], 'none')} in the state and "
                     f"{expected.get(wrong[0], 'none')} in the model ({len(wrong)} such names)"
                 )
+        for track, values in enumerate(averages):
             for name, value in values.items():
                 tracker.load(track, name, value)
 
     def _claim(self, t: float) -> None:
-        if self._store is not None and _writes_snapshots():
+        if self._store is not None and is_writer():
             self._store.claim(self._identity(), t)
         self._claimed = True
 
@@ -416,42 +417,7 @@ class EMA:
             raise StateError("there are no averages yet: call update first")
 
 
-def _make_tracker(model: Any, select: Selection, tracks: int, device: Any) -> Tracker:
-    """The tracker for the framework of the model, which is loaded already if it is one's."""
-    leaves = [leaf for _, leaf in flatten_mapping(model)] if isinstance(model, Mapping) else []
-    torch = sys.modules.get("torch")
-    if torch is not None and (
-        isinstance(model, torch.nn.Module) or any(isinstance(x, torch.Tensor) for x in leaves)
-    ):
-        from posthoc_ema.trackers.torch import TorchTracker
-
-        return TorchTracker(model, select, tracks, device)
-    if device is not None:
-        raise ValueError("device= is for PyTorch models; others keep averages with the weights")
-    jax = sys.modules.get("jax")
-    if jax is not None and any(isinstance(x, jax.Array) for x in jax.tree.leaves(model)):
-        from posthoc_ema.trackers.jax import JaxTracker
-
-        return JaxTracker(model, select, tracks)
-    if leaves:
-        from posthoc_ema.trackers.numpy import NumpyTracker
-
-        return NumpyTracker(model, select, tracks)
-    raise TypeError(
-        "expected a torch.nn.Module, a non-empty mapping from names to arrays, or a JAX pytree "
-        f"(got {type(model).__name__})"
-    )
-
-
 def _number(value: Any) -> float:
     """A plain int where it is one, so that no image count is rounded, else a float."""
     value = value.item() if hasattr(value, "item") else value
     return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _writes_snapshots() -> bool:
-    """Under torch.distributed every process holds the same averages: the first one writes."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_available():
-        return True
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posthoc_ema.encoding import ITEM_SIZE, decode_into
+from posthoc_ema.encoding import ITEM_SIZE, all_finite, decode_into
+from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.movement import Movement, fit_movement, neighbours
-from posthoc_ema.snapshot_file import Snapshot, sum_of_squares
+from posthoc_ema.snapshot_file import Snapshot
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 SAMPLE_SIZE = 1 << 18
 """Weights sampled from each snapshot (all, if there are fewer)."""
 
-_SAMPLE_BYTES = 128 << 20  # of all snapshots together: with many, fewer weights of each
+_SAMPLE_BYTES = 96 << 20  # of all snapshots together: with many, fewer weights of each
 _RUN = 512  # weights read in one piece: neighbours cost nothing once the disk has been asked
 _MIN_SAMPLE = 64
-# Averages live in float32, so even exact storage leaves them this uncertain (relative, squared).
-_FLOAT32_ROUNDING = 2.0**-50
+# Averages live in float32 (or float64), so even exact storage leaves them this uncertain
+# (variance, relative to the mean square).
+_ROUNDING = {"F32": 2.0**-50, "F64": 2.0**-108}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +32,24 @@ class Evidence:
     """Estimates from the snapshots of one run.
 
     Attributes:
-        movement: Variance rate of the weights over time.
-        noise: ``[n]`` variance of storage rounding per weight of each snapshot.
+        movement: Variance rate, over time, of the weights that move at all.
+        noise: ``[n]`` variance of storage rounding of such a weight in each snapshot.
+        moving_share: Share of all weights that move; the others (frozen layers) come back
+            exactly from any coefficients that sum to one.
         mean_square: Mean squared weight of the last snapshot.
         remarks: What the data could not support, for people.
     """
 
     movement: Movement
     noise: NDArray[np.float64]
+    moving_share: float
     mean_square: float
     remarks: tuple[str, ...]
+
+    def relative_error(self, expected_square: Any) -> NDArray[np.float64]:
+        """Expected RMS error over all weights, relative to their RMS."""
+        square = self.moving_share * np.asarray(expected_square)
+        return np.sqrt(square / (self.mean_square or 1.0))
 
 
 def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
@@ -49,75 +59,99 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
     constant, and ``remarks`` says so.
     """
     mean_square = float(snapshots[-1].statistics["mean_square"])
-    noise = np.array(
-        [
-            s.statistics["rounding_square"] + _FLOAT32_ROUNDING * s.statistics["mean_square"]
-            for s in snapshots
-        ]
-    )
     t_last = float(snapshots[-1].t)
-    if len(snapshots) < 2:
+    sample, weights = sample_weights(snapshots, seed)
+    if len(snapshots) < 2 or not len(weights):
         remark = "one snapshot: the movement of the weights is unknown, no error is predicted"
-        return Evidence(Movement.constant(t_last, np.nan), noise, mean_square, (remark,))
-    sample = sample_weights(snapshots, seed)
+        unknown = Movement.constant(t_last, np.nan)
+        return Evidence(unknown, np.zeros(len(snapshots)), 1.0, mean_square, (remark,))
+    moves = (sample != sample[0]).any(axis=0)
+    share = float(weights[moves].sum() / weights.sum())
+    if not moves.any():
+        # Any coefficients that sum to one are right, if this is so; choose them as if not.
+        remark = "the sampled weights are the same in all snapshots: no error is expected"
+        movement = Movement.constant(t_last, mean_square / t_last or 1.0)
+        noise = np.full(len(snapshots), _ROUNDING["F32"] * mean_square)
+        return Evidence(movement, noise, 0.0, mean_square, (remark,))
+
+    weights = weights[moves] / weights[moves].sum()
+    sample = sample[:, moves]
     remarks = []
     if sample.shape[1] < _MIN_SAMPLE:
         remarks.append(f"only {sample.shape[1]} weights: the predicted error is a rough guess")
-    inputs = [(float(s.t), s.profile) for s in snapshots]
-    first, second = neighbours(np.array([t for t, _ in inputs]))
-    distances = np.array(
-        [
-            sum_of_squares(sample[i] - sample[j]) / sample.shape[1]
-            for i, j in zip(first, second, strict=True)
-        ]
+    noise = np.array(
+        [_noise(s, float(row**2 @ weights)) for s, row in zip(snapshots, sample, strict=True)]
     )
-    movement = fit_movement(inputs, (first, second), distances, noise)
-    if not movement.rate.any():
-        remarks.append("the weights do not differ between snapshots: no error is expected")
-    return Evidence(movement, noise, mean_square, tuple(remarks))
+    inputs = [(float(s.t), s.profile) for s in snapshots]
+    pairs = neighbours(np.array([t for t, _ in inputs]))
+    distances = np.array(
+        [float((sample[i] - sample[j]) ** 2 @ weights) for i, j in zip(*pairs, strict=True)]
+    )
+    movement = fit_movement(inputs, pairs, distances, noise)
+    return Evidence(movement, noise, share, mean_square, tuple(remarks))
 
 
-def sample_weights(snapshots: Sequence[Snapshot], seed: int = 0) -> NDArray[Any]:
+def _noise(snapshot: Snapshot, mean_square: float) -> float:
+    """Variance of rounding of weights of this size: that of floats is relative."""
+    kept = sum(
+        _ROUNDING["F64" if dtype in ("F64", "C128") else "F32"] * snapshot.entries[name].count
+        for name, dtype in snapshot.averages.items()
+    ) / max(snapshot.statistics["count"], 1)
+    stored = snapshot.statistics["rounding_square"] / (snapshot.statistics["mean_square"] or 1.0)
+    return (kept + stored) * mean_square
+
+
+def sample_weights(
+    snapshots: Sequence[Snapshot], seed: int = 0
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """The same seeded sample of averaged weights from every snapshot.
 
-    Short runs of neighbouring weights, spread evenly over all tensors by size.
+    Short runs of neighbouring weights, of every tensor some, the rest spread evenly by size: a
+    few that move among many that are frozen shall not be missed.
 
     Returns:
-        ``[snapshots, sample]`` float32.
+        ``[snapshots, sample]`` float32 or float64, and for each sampled weight the number of
+        weights that it stands for.
     """
-    names = list(snapshots[0].averages)
-    counts = np.array([snapshots[0].entries[name].count for name in names])
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    size = min(SAMPLE_SIZE, _SAMPLE_BYTES // (4 * len(snapshots)))
-    if total <= size:
-        starts = np.arange(0, total, _RUN)
-    else:
-        # One run from each of equal strata, at a random place in it.
-        number = max(size // _RUN, 1)
-        stratum = total / number
-        offsets = np.random.default_rng(seed).uniform(0, max(stratum - _RUN, 0), number)
-        starts = (np.arange(number) * stratum + offsets).astype(np.int64)
+    entries = [snapshots[0].entries[name] for name in snapshots[0].averages]
+    double = any(entry.dtype == "F64" for entry in entries)
+    item = 8 if double else 4
+    size = min(SAMPLE_SIZE, _SAMPLE_BYTES // (item * len(snapshots)))
+    total = sum(entry.count for entry in entries)
+    least = int(np.clip(size // (2 * max(len(entries), 1)), 1, _RUN))
 
+    generator = np.random.default_rng(seed)
     pieces: list[tuple[str, int, int]] = []  # name, first element, number of elements
-    for start in starts.tolist():
-        stop = min(start + _RUN, total)
-        k = int(np.searchsorted(ends, start, "right"))
-        while start < stop:
-            end = min(stop, int(ends[k]))
-            if end > start:
-                pieces.append((names[k], start - int(ends[k] - counts[k]), end - start))
-            start, k = end, k + 1
+    stands_for: list[NDArray[np.float64]] = []
+    for entry in entries:
+        if not entry.count:
+            continue
+        wanted = min(entry.count, max(least, round(size * entry.count / max(total, 1))))
+        number = -(-wanted // _RUN)
+        # One run from each of equal strata, at a random place in it.
+        edges = np.linspace(0, entry.count, number + 1).astype(np.int64)
+        for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            length = min(-(-wanted // number), stop - start)
+            first = start + int(generator.integers(stop - start - length + 1))
+            pieces.append((entry.name, first, length))
+            stands_for.append(np.full(length, (stop - start) / length))
 
-    out = np.empty((len(snapshots), sum(size for _, _, size in pieces)), np.float32)
+    count = sum(length for _, _, length in pieces)
+    out = np.empty((len(snapshots), count), np.float64 if double else np.float32)
     for row, snapshot in zip(out, snapshots, strict=True):
         with snapshot.opened() as file:
             done = 0
-            for name, start, size in pieces:
+            for name, first, length in pieces:
                 entry = snapshot.entries[name]
-                item = ITEM_SIZE[entry.dtype]
-                raw = np.empty(size * item, np.uint8)
-                snapshot.read_bytes(file, entry.offset + start * item, raw)
-                decode_into(raw, entry.dtype, row[done : done + size])
-                done += size
-    return out
+                width = ITEM_SIZE[entry.dtype]
+                raw = np.empty(length * width, np.uint8)
+                snapshot.read_bytes(file, entry.offset + first * width, raw)
+                if not all_finite(raw, entry.dtype):
+                    snapshot.verify()  # damage shall be called damage
+                    raise NonFiniteError(
+                        f"{name!r} is not finite in {snapshot.path}, which holds NaN or infinity; "
+                        "delete such a snapshot to reconstruct from the others"
+                    )
+                decode_into(raw, entry.dtype, row[done : done + length])
+                done += length
+    return out, np.concatenate([*stands_for, np.empty(0)])

@@ -43,7 +43,7 @@ class Forecast:
     @property
     def predicted_error(self) -> NDArray[np.float64]:
         """``[k]`` expected RMS error relative to the RMS of the weights; NaN where unknown."""
-        return np.sqrt(self.solution.expected_square / (self.evidence.mean_square or 1.0))
+        return self.evidence.relative_error(self.solution.expected_square)
 
     def using(self, kept: Sequence[Snapshot]) -> Forecast:
         """The same targets from some of the snapshots.
@@ -56,6 +56,7 @@ class Forecast:
         evidence = Evidence(
             self.evidence.movement,
             self.evidence.noise[rows],
+            self.evidence.moving_share,
             self.evidence.mean_square,
             self.evidence.remarks,
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from posthoc_ema.profiles import Profile
+from posthoc_ema.quadrature import interval_quadrature
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,33 +65,6 @@ class Movement:
         """r(τ)."""
         last = len(self.rate) - 1
         return self.rate[np.clip(np.searchsorted(self.edges, tau, "right") - 1, 0, last)]
-
-
-def interval_quadrature(
-    breaks: Sequence[float], end: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gauss-Legendre between neighbouring breaks, graded towards 0 and towards the end.
-
-    Between snapshot times profiles are smooth, and few nodes integrate them to rounding,
-    except in the outer intervals and where there are few of them.
-    """
-    inner = np.unique([b for b in breaks if 0 < b < end])
-    edges = np.concatenate([[0.0], inner, [end]])
-    order = int(np.clip(1024 // len(edges), 4, 24))
-    first, last = edges[1], end - edges[-2]
-    # Late in a long run profiles vary little from one snapshot to the next; early they do.
-    coarse_from, coarse_to = (inner[15], inner[-16]) if len(inner) > 32 else (end, end)
-    halving = 0.5 ** np.arange(1, 13)
-    edges = np.unique(np.concatenate([edges, first * halving, end - last * halving]))
-    coarse = (edges[:-1] >= coarse_from) & (edges[1:] <= coarse_to)
-    nodes, weights = [], []
-    for chosen, number in ((coarse, order), (~coarse, max(order, 16))):
-        x, w = np.polynomial.legendre.leggauss(number)
-        half = np.diff(edges)[chosen][:, None] / 2
-        nodes.append((edges[:-1][chosen][:, None] + half * (x + 1)).ravel())
-        weights.append((half * w).ravel())
-    rising = np.argsort(np.concatenate(nodes))
-    return np.concatenate(nodes)[rising], np.concatenate(weights)[rising]
 
 
 def neighbours(

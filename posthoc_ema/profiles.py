@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.conversion import gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_ema.quadrature import panel_quadrature
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -55,8 +56,11 @@ class Profile(ABC):
             ``[n]`` float64, non-negative, summing to one.
         """
         times = np.asarray(times, dtype=np.float64)
-        if times.ndim != 1 or not len(times) or times[0] <= 0 or (np.diff(times) <= 0).any():
-            raise ValueError("times must be one-dimensional, positive and strictly increasing")
+        rising = times.ndim == 1 and len(times) and (np.diff(times, prepend=0.0) > 0).all()
+        if not (rising and np.isfinite(times[-1])):
+            raise ValueError(
+                "times must be one-dimensional, finite, positive and strictly increasing"
+            )
         # Whatever lies before the first update can only be the first weights.
         return np.diff(self.cumulative(times, times[-1]), prepend=0.0)
 
@@ -234,7 +238,7 @@ class Uniform(Profile):
     def cumulative(self, tau: ArrayLike, t: ArrayLike) -> NDArray[np.float64]:
         """F_t(τ) rises linearly from the start of the window to t."""
         tau, t = _times(tau, t)
-        return np.clip(1 - (t - tau) / self._width(t), 0, 1) * (tau >= 0)
+        return np.clip(1 - (t - tau) / self._width(t), 0, 1)
 
     def density(self, tau: ArrayLike, t: ArrayLike) -> NDArray[np.float64]:
         """p_t(τ) = 1/window inside the window."""
@@ -374,23 +378,6 @@ def power_inner_products(
     exponent = np.where(t_a <= t_b, gamma_b, gamma_a)
     ratio = np.minimum(t_a, t_b) / later
     return (gamma_a + 1) * (gamma_b + 1) * ratio**exponent / ((gamma_a + gamma_b + 1) * later)
-
-
-def panel_quadrature(
-    breaks: ArrayLike, end: float, order: int = 16
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nodes and weights for ∫₀^end, on panels graded towards both ends and every break.
-
-    Profiles are steep at their end (a short EMA) or at 0 (a flat one): halving panels down to
-    2⁻³⁰ of the interval resolves both.
-    """
-    points = np.unique(np.concatenate([[0.0, end], np.asarray(breaks, np.float64).ravel()]))
-    halving = 0.5 ** np.arange(1, 31)
-    unit = np.unique(np.concatenate([[0.0, 1.0], halving, 1 - halving]))
-    edges = np.unique((points[:-1, None] + np.diff(points)[:, None] * unit).ravel())
-    x, w = np.polynomial.legendre.leggauss(order)
-    half = np.diff(edges)[:, None] / 2
-    return (edges[:-1, None] + half * (x + 1)).ravel(), (half * w).ravel()
 
 
 def _times(tau: ArrayLike, t: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

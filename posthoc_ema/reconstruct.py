@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,16 @@ import numpy as np
 
 from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_framework
 from posthoc_ema.encoding import PageDigest
-from posthoc_ema.errors import SnapshotError
 from posthoc_ema.evidence import Evidence, gather_evidence
-from posthoc_ema.profiles import Custom, PowerFunction, Profile, as_profile
+from posthoc_ema.profiles import Profile, as_profile
+from posthoc_ema.request import (
+    EVERYTHING,
+    Goal,
+    assign,
+    output_paths,
+    parse_goals,
+    select_names,
+)
 from posthoc_ema.sinks import FileSink, MemorySink
 from posthoc_ema.snapshot_file import CopySource, Snapshot
 from posthoc_ema.snapshots import SnapshotStore
@@ -28,9 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_SHARD_BYTES = 5 * 10**9
-EVERYTHING = "*"
-
-Goal = Mapping[str, Profile]  # name pattern -> profile
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,11 +138,11 @@ def reconstruct(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)} (got {method!r})")
-    goals, several = _goals(sigma_rel, target)
+    goals, several = parse_goals(sigma_rel, target)
     usable, t = select_snapshots(snapshots, t)
     framework = check_framework(framework or usable[0].run.framework)
-    assignment = _assign(goals, _select_names(usable[0], names))
-    paths = _output_paths(out, goals, several, usable[0])
+    assignment = assign(goals, select_names(usable[0], names))
+    paths = output_paths(out, goals, several, usable[0])
     for path in () if overwrite else paths:
         shards = path.parent.glob(f"{path.name.removesuffix('.safetensors')}-*-of-*.safetensors")
         for existing in (path, *shards):
@@ -218,7 +221,7 @@ def predict_error(
     solution = solve(
         inputs, targets, method=method, movement=evidence.movement, noise=evidence.noise
     )
-    errors = np.sqrt(solution.expected_square / (evidence.mean_square or 1.0))
+    errors = evidence.relative_error(solution.expected_square)
     return errors if several else float(errors[0])
 
 
@@ -241,58 +244,6 @@ def select_snapshots(
             f"t={found[-1].t} {found[0].run.unit}"
         )
     return usable, t
-
-
-def _goals(sigma_rel: Any, target: Any) -> tuple[list[Goal], bool]:
-    """Each target as a mapping from pattern to profile, and whether a list was asked for."""
-    if (sigma_rel is None) == (target is None):
-        raise TypeError("reconstruct takes either sigma_rel or target")
-    wanted = target if sigma_rel is None else sigma_rel
-    if isinstance(wanted, Mapping):
-        if not wanted:
-            raise ValueError("the mapping from name patterns to sigma_rel is empty")
-        return [{pattern: as_profile(value) for pattern, value in wanted.items()}], False
-    if isinstance(wanted, Profile) or np.ndim(wanted) == 0:
-        return [{EVERYTHING: as_profile(wanted)}], False
-    goals: list[Goal] = [{EVERYTHING: as_profile(value)} for value in wanted]
-    if not goals:
-        raise ValueError("no targets: the sequence is empty")
-    return goals, True
-
-
-def _select_names(snapshot: Snapshot, names: str | Sequence[str] | None) -> list[str]:
-    if names is None:
-        return list(snapshot.averages)
-    patterns = [names] if isinstance(names, str) else list(names)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in snapshot.averages):
-            raise ValueError(
-                f"names: nothing matches {pattern!r}; the snapshots hold "
-                f"{_some(list(snapshot.averages))}"
-            )
-    return [n for n in snapshot.averages if any(fnmatchcase(n, p) for p in patterns)]
-
-
-def _assign(goals: Sequence[Goal], names: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
-    """Group tensors by the pattern that decides about them in each goal."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    unmatched = []
-    for name in names:
-        found = [[p for p in goal if fnmatchcase(name, p)] for goal in goals]
-        if all(found):
-            groups.setdefault(tuple(patterns[0] for patterns in found), []).append(name)
-        else:
-            unmatched.append(name)
-    if unmatched:
-        raise ValueError(
-            f"no pattern matches {_some(unmatched)}; add '*' with a length for all the others"
-        )
-    return groups
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def _solve_goal(
@@ -329,7 +280,7 @@ def _result(
         profile=_by_pattern(dict(goal)),
         inputs=[(s.t, s.profile) for s in usable],
         coefficients=_by_pattern({p: s.coefficients for p, s in solution.items()}),
-        predicted_error=float(np.sqrt(square / (evidence.mean_square or 1.0))),
+        predicted_error=float(evidence.relative_error(square)),
         diagnostics={
             **per_pattern,
             "movement": evidence.movement,
@@ -391,36 +342,6 @@ def _load_files(
                 else:
                     copies.append(CopySource(entry.name, entry.shape, entry.dtype, raw))
     return _loaded(arrays, copies, snapshot, framework)()
-
-
-def _output_paths(
-    out: str | Path | None, goals: Sequence[Goal], several: bool, snapshot: Snapshot
-) -> list[Path]:
-    if out is None:
-        return []
-    out = Path(out)
-    is_file = out.name.endswith(".safetensors")
-    folder = out.parent if is_file else out
-    if folder.resolve() == snapshot.path.parent.resolve():
-        raise SnapshotError(f"out={out} lies in the snapshot folder; give another folder")
-    if is_file and several:
-        raise ValueError(f"out={out} is one file for {len(goals)} results; give a folder")
-    if is_file:
-        return [out]
-    if not several:
-        return [out / "model.safetensors"]
-    names = [f"{_label(goal[EVERYTHING], k)}.safetensors" for k, goal in enumerate(goals)]
-    if len(set(names)) < len(names):
-        raise ValueError("with out= each target may be asked for once only")
-    return [out / name for name in names]
-
-
-def _label(profile: Profile, number: int = 0) -> str:
-    if isinstance(profile, PowerFunction):
-        return f"sigma_rel={profile.sigma_rel!r}"
-    if isinstance(profile, Custom):
-        return f"target={number}"
-    return "_".join(f"{key}={value}" for key, value in profile.to_dict().items())
 
 
 @contextmanager

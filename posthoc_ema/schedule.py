@@ -114,7 +114,7 @@ class AtTimes:
 
     def __init__(self, times: Iterable[float]) -> None:
         object.__setattr__(self, "times", tuple(sorted(float(x) for x in times)))
-        if not self.times or not 0 < self.times[0] <= self.times[-1] < inf:
+        if not self.times or not all(0 < x < inf for x in self.times):
             raise ValueError(f"times must be finite and > 0, at least one (got {self.times})")
 
     def due(self, t_previous: float, t: float) -> bool:

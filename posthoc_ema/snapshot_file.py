@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 4 << 20
 _NO_DIGEST = "0" * 16
+_AVERAGE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ class Snapshot:
         path = Path(path)
         try:
             header = read_header(path)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise SnapshotError(f"cannot read {path}: {error.strerror}") from error
         data = header.metadata
@@ -157,6 +160,9 @@ class Snapshot:
         try:
             if data["digest"]["header"] != _header_digest(data, header.entries.values()):
                 raise ValueError("its digest does not match")
+            for name, _ in data["averages"]:
+                if header.entries[name].dtype not in _AVERAGE_DTYPES:
+                    raise ValueError(f"{name} has type {header.entries[name].dtype}")
             return cls(
                 path=path,
                 t=data["t"],
@@ -329,7 +335,7 @@ def _plan_file(
             square += sum_of_squares(chunk)
             # A finite sum of squares proves it at no cost; float64 can overflow all the same.
             finite &= bool(np.isfinite(square)) or bool(np.isfinite(chunk).all())
-            if encoding == "float16" and len(chunk):
+            if encoding != "float32" and len(chunk):
                 largest = max(largest, float(chunk.max()), -float(chunk.min()))
             size += len(chunk)
         if not finite:

@@ -72,6 +72,8 @@ class SnapshotStore:
         for path in self._files():
             try:
                 snapshots.append(self._open(path))
+            except FileNotFoundError:
+                continue  # pruned, or set aside, since the folder was listed
             except SnapshotError as error:
                 problems.append(error)
         snapshots.sort(key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0), s.path.name))

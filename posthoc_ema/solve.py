@@ -102,8 +102,8 @@ def solve(
     Example:
         >>> inputs = [(t, s) for t in (1, 2, 3, 4) for s in (0.05, 0.10)]
         >>> x = solve(inputs, (4, 0.07), method="paper").coefficients
-        >>> float(x.sum().round(12)), x.argmax()
-        (1.0, 6)
+        >>> float(x.sum().round(12)), int(x.argmax())
+        (1.0, 7)
 
     Source:
         Karras et al. 2024, arXiv:2312.02696, Algorithm 3, Eq. 151 (``"paper"``); ordinary
@@ -252,6 +252,8 @@ def _solve_triangle(
         if condition < 1 / epsilon:
             return inverse @ right, condition
     u, s, vt = np.linalg.svd(triangle)
+    if s[0] == 0:  # weights that do not move, stored exactly: any input will do
+        return np.zeros_like(right), 1.0
     kept = s > s[0] * epsilon
     reciprocal = np.where(kept, 1 / np.where(kept, s, 1), 0)
     z = vt.T @ (reciprocal[:, None] * (u.T @ right))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posthoc_ema.errors import StateError, StructureError
+from posthoc_ema.errors import StructureError
 from posthoc_ema.snapshot_file import AverageSource, CopySource
 from posthoc_ema.trackers.base import (
     FLOATING,
@@ -145,12 +145,8 @@ class JaxTracker(Tracker):
     def assemble(self, averages: Mapping[str, Any]) -> Any:
         """A pytree of the same structure."""
         leaves = [averages.get(name, leaf) for name, leaf in self._pairs]
-        for (name, _), leaf in zip(self._pairs, leaves, strict=True):
-            if isinstance(leaf, jax.Array) and leaf.is_deleted():
-                raise StateError(
-                    f"{name} is left out of the averages, and was donated to a later step; use "
-                    "applied(params), which takes it from there"
-                )
+        # What is left out of the averages may have been donated to a later step since.
+        leaves = [None if isinstance(x, jax.Array) and x.is_deleted() else x for x in leaves]
         return jax.tree.unflatten(self._treedef, leaves)
 
     @contextmanager

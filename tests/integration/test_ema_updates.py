@@ -102,7 +102,7 @@ def test_arguments_are_checked_when_they_are_given(tmp_path: Path) -> None:
         ({"sigma_rel": (0.1, 0.1)}, "each once"),
         ({"sigma_rel": 0}, r"must be in \(0, 0.288675\]"),
         ({"sigma_rel": -0.05}, r"must be in \(0, 0.288675\]"),
-        ({"sigma_rel": 0.3}, "no longer average exists"),
+        ({"sigma_rel": 0.3}, "no average is longer"),
         ({"sigma_rel": float("nan")}, "must be finite"),
         ({"every": 10}, "give snapshots= too"),
         ({"schedule": Every(5)}, "give snapshots= too"),

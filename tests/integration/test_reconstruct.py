@@ -462,7 +462,7 @@ def test_arguments_are_checked(run: Run) -> None:
         (None, {}, TypeError, "either sigma_rel or target"),
         (0.07, {"target": Uniform(0.2)}, TypeError, "either sigma_rel or target"),
         (0.0, {}, ValueError, r"must be in \(0, 0\.288675\]"),
-        (0.3, {}, ValueError, "no longer average exists"),
+        (0.3, {}, ValueError, "no average is longer"),
         (-0.1, {}, ValueError, "must be in"),
         (float("nan"), {}, ValueError, "must be finite"),
         ([0.07, 0.4], {}, ValueError, r"got \[0\.4\]"),
