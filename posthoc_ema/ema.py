@@ -108,7 +108,7 @@ class EMA:
         self._clock: float = 0  # like t, but skipped updates count
         self._counts_steps: bool | None = None
         self._handled: float = 0  # up to where due snapshots are on disk
-        self._written: set[tuple[float, Profile]] = set()  # at the last such time
+        self._written: list[Snapshot] = []  # at the last such time
         self._claimed = self._swapped = False
         self._tracker: Tracker | None = None
         self._pending: list[dict[str, Any]] | None = None
@@ -194,24 +194,24 @@ class EMA:
         if not is_writer():
             return []
         run = self._identity()
+        self._store.check_unchanged(self._written)
         present = {s.profile for s in self._store.scan()[0] if s.t == self._t}
         if self._handled != self._t:
             # Neither written here nor found on resuming: let the store say that there are two
             # writers, but for tracks that got onto disk before an error.
-            present &= {profile for t, profile in self._written if t == self._t}
+            present &= {s.profile for s in self._written if s.t == self._t}
         copies = tracker.copy_sources()
-        self._written = {(self._t, profile) for profile in present}
+        self._written = [s for s in self._written if s.t == self._t]
         written = []
         for track, profile in enumerate(self._profiles):
             if profile in present:
                 continue
             sources = tracker.average_sources(track)
-            written.append(
-                self._store.write(
-                    run, self._t, profile, sources, copies, tracker.aliases, self._encoding
-                )
+            snapshot = self._store.write(
+                run, self._t, profile, sources, copies, tracker.aliases, self._encoding
             )
-            self._written.add((self._t, profile))
+            written.append(snapshot)
+            self._written.append(snapshot)
         self._handled = self._t
         return written
 

@@ -144,6 +144,24 @@ class SnapshotStore:
             write_snapshot(path, run, t, profile, averages, copies, aliases, encoding)
         return self._open(path)
 
+    def check_unchanged(self, written: Iterable[Snapshot]) -> None:
+        """Make sure that nobody replaced these snapshots; that they were pruned is fine.
+
+        Raises:
+            ForeignSnapshotError: If a file of that name now holds something else: two processes
+                continue one run, say one that was taken for dead.
+        """
+        for snapshot in written:
+            try:
+                found = self._open(snapshot.path)
+            except FileNotFoundError:
+                continue
+            if found.digests != snapshot.digests:
+                raise ForeignSnapshotError(
+                    f"{snapshot.path} was replaced since this process wrote it; two processes seem "
+                    "to write the same run. Stop one of them"
+                )
+
     def delete(self, snapshots: Iterable[Snapshot]) -> int:
         """Delete snapshots of this store; return the bytes freed."""
         freed = 0
