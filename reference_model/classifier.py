@@ -44,18 +44,17 @@ class ClassifierConfig:
     hidden_channels: int = 64
     epochs: int = 20
     batch_size: int = 64
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.05
-    noise: float = 0.05
+    noise: float = 0.1
     seed: int = 0
 
 
 class Classifier(nn.Module):
-    """Four convolutions, a mean over pixels and a linear layer.
+    """Three convolutions and two linear layers; the features are what the first of these gives.
 
-    The features are means over pixels of the last convolution's activations. Deeper ones separate
-    the classes better but have forgotten what else is in the image: on the digits, features behind
-    one more linear layer did not see a blur that raises the distance of these sevenfold.
+    They are taken before its activation function, where they are closest to the Gaussians that the
+    Fréchet distance takes them for.
 
     Args:
         config: Widths and training options.
@@ -73,7 +72,7 @@ class Classifier(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, hidden // 2, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden // 2, hidden, 3, padding=1)
         self.conv3 = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.conv4 = nn.Conv2d(hidden, features, 3, padding=1)
+        self.linear = nn.Linear(4 * hidden, features)
         self.head = nn.Linear(features, num_classes)
         # Each feature is measured in standard deviations over the training images, so that the
         # distance weighs all alike and its unit does not depend on how training went.
@@ -82,9 +81,10 @@ class Classifier(nn.Module):
 
     def _activations(self, x: Tensor) -> Tensor:
         x = F.silu(self.conv1(x))
-        x = F.avg_pool2d(F.silu(self.conv2(x)), 2)
-        x = F.silu(self.conv4(F.silu(self.conv3(x))))
-        return x.mean(dim=(2, 3))
+        x = F.max_pool2d(F.silu(self.conv2(x)), 2)
+        # Means over quarters of the image, whatever its size: strokes have places.
+        x = F.adaptive_avg_pool2d(F.silu(self.conv3(x)), 2)
+        return self.linear(x.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores.
@@ -95,7 +95,7 @@ class Classifier(nn.Module):
         Returns:
             Logits ``[B, num_classes]``.
         """
-        return self.head(self._activations(x))
+        return self.head(F.silu(self._activations(x)))
 
     @torch.inference_mode()
     def describe(
@@ -114,7 +114,7 @@ class Classifier(nn.Module):
         for batch in images.split(batch_size):
             hidden = self._activations(encode_pixels(batch))
             features.append((hidden - self.feature_mean) / self.feature_std)
-            classes.append(self.head(hidden).argmax(dim=1))
+            classes.append(self.head(F.silu(hidden)).argmax(dim=1))
         return torch.cat(features).double().numpy(), torch.cat(classes).numpy()
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -169,7 +169,7 @@ def train_classifier(
     with torch.no_grad():
         activations = torch.cat([model._activations(batch) for batch in x.split(1024)])
         model.feature_mean.copy_(activations.mean(dim=0))
-        model.feature_std.copy_(activations.std(dim=0).clamp_min(1e-6))  # a dead unit stays 0
+        model.feature_std.copy_(activations.std(dim=0).clamp_min(1e-6))
     return model
 
 
@@ -222,7 +222,7 @@ def _load(path: Path, config: ClassifierConfig) -> Classifier:
 
 def _digest(config: ClassifierConfig, images: Tensor, labels: Tensor) -> str:
     """Twelve hexadecimal digits that change with the config or the data."""
-    about = {"config": asdict(config), "shape": list(images.shape), "version": 1}
+    about = {"config": asdict(config), "shape": list(images.shape), "version": 2}
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for data in (images, labels):
         sha.update(data.numpy().tobytes())
