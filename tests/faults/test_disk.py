@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -250,6 +251,58 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
         ema.update(weights(1))
     with pytest.raises(SnapshotError):
         SnapshotStore(tmp_path / "ema").list()
+
+
+# Systems that cannot do everything -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_file_systems_without_locks(tmp_path: Path, code: int) -> None:
+    # Lustre mounted without flock, some NFS and FUSE: one writer is assumed there.
+    import fcntl
+
+    with failing_call(fcntl, "flock", code=code):
+        ema = begun(tmp_path)
+        ema.update(weights(3))
+    assert [s.t for s in SnapshotStore(tmp_path).verify()] == [1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_that_cannot_sync_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    original = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    begun(tmp_path)
+    assert [s.t for s in SnapshotStore(tmp_path).verify()] == [1, 1, 2, 2]
+
+
+def test_a_folder_that_truly_fails_to_sync_is_an_error(tmp_path: Path) -> None:
+    # The file is in its place by then: it is taken back, or the next attempt would trip over it.
+    ema = begun(tmp_path)
+
+    @contextmanager
+    def failing_folder() -> Iterator[None]:
+        original = os.fsync
+
+        def fail(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            original(descriptor)
+
+        os.fsync = fail
+        try:
+            yield
+        finally:
+            os.fsync = original
+
+    assert_update_fails_and_recovers(ema, tmp_path, failing_folder())
 
 
 def test_reads_that_fail_are_named(tmp_path: Path) -> None:
