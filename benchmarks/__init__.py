@@ -1,0 +1,1 @@
+"""Benchmarks: each file answers one question; README.md holds the answers."""
