@@ -90,6 +90,30 @@ def test_weights_come_back_after_an_exception(net: Net, ema: EMA, error: Any) ->
     ema.update(net)  # and the tracker goes on
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_weights_come_back_when_the_swap_itself_is_interrupted(
+    net: Net, ema: EMA, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    # Control-C while the second of several tensors is being copied in.
+    before = everything(net)
+    original, calls = torch.Tensor.copy_, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt), ema.applied(net, 0.05):
+        pytest.fail("the block must not run on half of the averages")
+    assert calls > number, "the interruption was real, and copies brought the weights back"
+    monkeypatch.undo()
+    assert_same(net, before)
+    ema.update(net)
+
+
 def _normalise_weights(net: Net) -> None:
     # Forced weight normalisation rewrites the weights in every forward pass.
     with torch.no_grad():

@@ -186,6 +186,21 @@ def test_no_finite_value_becomes_infinite(tmp_path: Path, value: float) -> None:
     np.testing.assert_allclose(found, [1, value, -1], rtol=2.0**-11)
 
 
+@pytest.mark.parametrize("encoding", ["float16", "bfloat16"])
+def test_counters_and_buffers_are_not_encoded(tmp_path: Path, encoding: str) -> None:
+    # In float16 a counter of 70,001 becomes infinity.
+    net = torch.nn.BatchNorm1d(2)
+    net.num_batches_tracked.fill_(70_001)
+    net.running_var.fill_(1e-9)
+    net.running_mean.fill_(1e9)
+    net.register_buffer("big", torch.tensor([2**62 + 1, -(2**62) - 1]))
+    ema = EMA(sigma_rel=0.1, snapshots=tmp_path, encoding=encoding)
+    ema.update(net)
+    ema.snapshot()
+    for name, value in reconstruct(tmp_path, 0.1).buffers.items():
+        assert torch.equal(value, net.state_dict()[name]), name
+
+
 def test_a_tensor_may_outgrow_float16_in_mid_run(tmp_path: Path) -> None:
     # Its type and its place then differ from file to file.
     ema = EMA(sigma_rel=(0.05, 0.10), snapshots=tmp_path, encoding="float16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posthoc_ema import EMA, PowerFunction, SnapshotStore, StructureError
 from tests.parity.runs import as_float64, assert_average, explicit_average, random_walk
@@ -510,6 +512,101 @@ def test_an_update_does_not_touch_the_graph() -> None:
     ema.update(module)
     loss.backward()
     assert module.weight.grad is not None
+
+
+# What an update may do ------------------------------------------------------------------------
+
+
+class Recording(TorchDispatchMode):
+    """Notes every kernel that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_of(action: Callable[[], object]) -> list[str]:
+    with Recording() as recording:
+        action()
+    return [name for name in recording.calls if "detach" not in name]
+
+
+SYNCHRONISING = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
+
+
+def test_updates_never_wait_for_the_device() -> None:
+    # Reading one number from a GPU waits for all work before it. The guard against NaN must.
+    module = nn.Sequential(nn.Linear(50, 50), nn.BatchNorm1d(50))
+    plain, guarded = EMA(), EMA(nonfinite="skip")
+    for ema in (plain, guarded):
+        for _ in range(2):
+            ema.update(module)
+    assert not SYNCHRONISING & set(kernels_of(lambda: plain.update(module)))
+    assert SYNCHRONISING & set(kernels_of(lambda: guarded.update(module))), "the twin"
+
+
+def test_small_tensors_are_gathered_into_few_kernels() -> None:
+    model = {f"w{k}": torch.zeros(1000) for k in range(500)}
+    ema = EMA(sigma_rel=(0.05, 0.10))
+    for _ in range(2):
+        ema.update(model)
+    # 500,000 values: four blocks with a lerp for each track, and the copies that fill them.
+    calls = kernels_of(lambda: ema.update(model))
+    assert sum("lerp" in name for name in calls) == 8
+    assert len(calls) < 50
+
+
+def test_large_tensors_are_read_where_they_are() -> None:
+    model = {"w": torch.zeros(1 << 20)}
+    ema = EMA(sigma_rel=(0.05, 0.10))
+    for _ in range(2):
+        ema.update(model)
+    assert not any(
+        "copy" in name or "cat" in name for name in kernels_of(lambda: ema.update(model))
+    )
+
+
+class Uncopyable(nn.Module):
+    """Holds what deep copies choke on, and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.lock = threading.Lock()
+        self.stream = (x for x in range(3))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("this model cannot be copied")
+
+
+def test_models_that_cannot_be_copied(tmp_path: Any) -> None:
+    module = Uncopyable()
+    ema = EMA(sigma_rel=SIGMA, snapshots=tmp_path, every=1)
+    recorder = recorded(module, ema)
+    train(recorder, module, 5)
+    recorder.check()
+    with ema.applied(module):
+        pass
+
+
+def test_sharded_parameters_are_refused_by_name(tmp_path: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = {"plain": torch.ones(2), "sharded": distribute_tensor(torch.ones(4), mesh)}
+        with pytest.raises(StructureError, match=r"sharded is a DTensor \(FSDP2"):
+            EMA(sigma_rel=SIGMA).update(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Tensors that cannot be tracked ---------------------------------------------------------------
