@@ -18,7 +18,15 @@ from posthoc_ema import (
     reconstruct,
 )
 from posthoc_ema.encoding import PageDigest
-from tests.faults.tools import damage, last_of, payload_start, put_together, small_store, take_apart
+from tests.faults.tools import (
+    damage,
+    last_of,
+    page_digest,
+    payload_start,
+    put_together,
+    small_store,
+    take_apart,
+)
 
 ENCODINGS = ["float32", "float16", "bfloat16"]
 
@@ -273,6 +281,15 @@ def test_larger_damage_is_found_by_the_digest(tmp_path: Path, harm: Any) -> None
     whole[offset : offset + size] = data.tobytes()
     path.write_bytes(whole)
     assert_refused(tmp_path, path, CorruptSnapshotError)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * 4096, 300_001])
+def test_digests_are_what_the_format_says(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for data in (rng.integers(0, 256, size, np.uint8), np.full(size, 0x80, np.uint8)):
+        digest = PageDigest()
+        digest.update(data)
+        assert digest.hexdigest() == page_digest(data.tobytes())
 
 
 def test_digests_do_not_depend_on_how_bytes_arrive() -> None:
