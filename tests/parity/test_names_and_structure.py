@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from posthoc_ema import EMA, StructureError
+from posthoc_ema import EMA, PowerFunction, StructureError
 
 FRAMEWORKS: dict[str, Any] = {"numpy": np.ones, "torch": torch.ones, "jax": jnp.ones}
 
@@ -211,6 +211,19 @@ def test_other_mappings() -> None:
     ema = EMA(sigma_rel=0.1)
     ema.update(nn.Linear(2, 2).state_dict())
     assert tracked(ema) == {"weight", "bias"}
+
+
+def test_numpy_leaves_in_a_jax_tree_are_read_at_once() -> None:
+    # JAX may read a numpy array after the call returns; the caller may change it before that.
+    for _ in range(10):
+        array = np.ones(2_000_000, np.float32)
+        ema = EMA(sigma_rel=0.1)
+        for value in (1, 2):
+            array.fill(value)
+            ema.update({"w": array, "v": jnp.ones(1)})
+            array.fill(1e6)
+        expected = float(PowerFunction(0.1).weights([1, 2]) @ [1, 2])
+        np.testing.assert_allclose(ema.average()["w"], expected, rtol=1e-6)  # float32
 
 
 def test_parameters_may_be_donated_to_the_next_step() -> None:
