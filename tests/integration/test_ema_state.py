@@ -13,7 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from posthoc_ema import EMA, PowerFunction, SnapshotStore, StateError, StructureError
+from posthoc_ema import (
+    EMA,
+    PowerFunction,
+    SnapshotStore,
+    StateError,
+    StructureError,
+    reconstruct,
+)
 
 STEPS, CUT = 20, 9
 
@@ -358,6 +365,27 @@ def test_incomplete_states_are_refused(state: Any) -> None:
         EMA(sigma_rel=(0.05, 0.1)).load_state_dict({**state, "averages": state["averages"][:1]})
     with pytest.raises(ValueError, match="averages"):
         EMA(sigma_rel=(0.05, 0.1)).load_state_dict({**state, "averages": []})
+
+
+def test_another_unit_is_refused(state: Any) -> None:
+    # The clock would go on counting something else.
+    with pytest.raises(ValueError, match=r"steps.*images|images.*steps"):
+        EMA(sigma_rel=(0.05, 0.1), unit="images").load_state_dict(state)
+
+
+def test_the_encoding_may_change_in_mid_run(tmp_path: Path) -> None:
+    first = EMA(sigma_rel=(0.05, 0.1), snapshots=tmp_path, every=5)
+    for step in range(1, 16):
+        first.update(numpy_model(step))
+    second = EMA(sigma_rel=(0.05, 0.1), snapshots=tmp_path, every=5, encoding="float16")
+    second.load_state_dict(first.state_dict())
+    for step in range(16, 31):
+        second.update(numpy_model(step))
+    snapshots = SnapshotStore(tmp_path).verify()
+    assert [s.encoding for s in snapshots] == ["float32"] * 6 + ["float16"] * 6
+    result = reconstruct(tmp_path, 0.07)
+    assert result.params["w"].shape == (3, 2)
+    np.testing.assert_array_equal(reconstruct(tmp_path, 0.05).params["w"], snapshots[-2].read("w"))
 
 
 def test_newer_states_are_refused(state: Any) -> None:

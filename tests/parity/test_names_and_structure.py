@@ -239,6 +239,19 @@ def test_parameters_may_be_donated_to_the_next_step() -> None:
     assert int(average["n"][0]) == 5
 
 
+def test_updates_compile_once() -> None:
+    from posthoc_ema.trackers import jax as tracker
+
+    ema = EMA()
+    params = {"w": jnp.ones((17, 3)), "b": jnp.ones(5, jnp.bfloat16)}
+    for step in range(3):
+        ema.update(params, t=step + 1)
+    compiled = tracker._update_tracks._cache_size()
+    for t in (4, 5.5, 100, 1e6):
+        ema.update(params, t=t)
+    assert tracker._update_tracks._cache_size() == compiled
+
+
 def test_updates_inside_jit_are_refused_with_the_way_out() -> None:
     ema = EMA(sigma_rel=0.1)
 
