@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -102,8 +103,19 @@ def save(name: str, settings: Mapping[str, Any], started: Mapping[str, Any], res
         "settings": dict(settings),
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(_rounded(record), indent=1)
+    # Lists of numbers on one line each.
+    text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
