@@ -101,6 +101,14 @@ def number(value: float, digits: int = 3) -> str:
     return f"{mantissa}·10{superscript(exponent)}"
 
 
+def plus_minus(value: float, error: float) -> str:
+    """A number with its standard error, both to the error's second digit."""
+    if not math.isfinite(error) or error <= 0:
+        return number(value)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
 def tick_label(value: float) -> str:
     """A round number in its shortest form: 0.05, 2k, 10⁻⁴."""
     if value == 0:
@@ -113,6 +121,13 @@ def tick_label(value: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:.4g}k"
     return f"{value:.4g}"
+
+
+def subscripts(text: str) -> str:
+    """SVG for text in which σ_rel is set with its subscript lowered."""
+    return text.replace(
+        "σ_rel", 'σ<tspan dy="3" font-size="80%">rel</tspan><tspan dy="-3">\u200b</tspan>'
+    )
 
 
 def superscript(exponent: int) -> str:
@@ -183,7 +198,7 @@ class Chart:
             format_y: Likewise.
         """
         columns = max(int((self.right - self.left) / 64), 3)
-        rows = max(int((self.bottom - self.top) / 44), 3)
+        rows = max(int((self.bottom - self.top) / 36), 3)
         for value in self.y.ticks(rows) if y_ticks is None else y_ticks:
             y = self.at_y(value)
             self._line(self.left, y, self.right, y, "grid")
@@ -196,6 +211,21 @@ class Chart:
         middle = (self.left + self.right) / 2
         self.text(middle, self.height - 5, x_label, "label", anchor="middle")
         self.text(4, self.top - 12, y_label, "label")
+
+    def spaced(self, ticks: Sequence[float], distance: float = 15.0) -> list[float]:
+        """Those vertical ticks that lie in the axes and not too close to earlier ones.
+
+        Args:
+            ticks: Data values, the most wanted first.
+            distance: Least distance in pixels.
+        """
+        kept: list[float] = []
+        for tick in ticks:
+            if self.y.low <= tick <= self.y.high and all(
+                abs(self.at_y(tick) - self.at_y(other)) >= distance for other in kept
+            ):
+                kept.append(tick)
+        return sorted(kept)
 
     def line(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
         """Join points; a non-finite one breaks the line."""
@@ -281,7 +311,7 @@ class Chart:
     def text(self, x: float, y: float, text: str, style: str, *, anchor: str = "start") -> None:
         """Text at a pixel position."""
         place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
-        self._parts.append(f'<text class="{style}" {place}>{escape(text)}</text>')
+        self._parts.append(f'<text class="{style}" {place}>{subscripts(escape(text))}</text>')
 
     def group(self, index: int) -> None:
         """Start a group that the page shows only while state ``index`` is selected."""

@@ -125,7 +125,8 @@ def closing_words(
         f"Raw weights:     {raw.distance:.3f} ± {raw.error:.3f}, "
         f"{raw.distance / best.distance:.1f} times as far from real images",
         "",
-        f"Open in a browser:  {report}   ({minutes} min {rest} s)",
+        f"Open in a browser: {report.resolve()}",
+        f"(made in {minutes} min {rest} s)",
         "",
         "Next:",
         f"  python -m reference_model generate --run-dir {run_dir} --sigma-rel {best.sigma_rel:g} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,17 @@ class Judge:
             distances.append(distance)
             agreement.append(float((read_as == classes).double().mean()))
         return Score(tuple(distances), tuple(agreement))
+
+    def real_images(self, classes: Sequence[int]) -> Tensor:
+        """Held-out images of these classes, in turn: uint8 ``[len(classes), C, H, W]``."""
+        labels = self._held_out.labels.numpy()
+        members = {c: np.flatnonzero(labels == c) for c in set(classes)}
+        used = dict.fromkeys(members, 0)
+        chosen = []
+        for c in classes:
+            chosen.append(members[c][used[c] % len(members[c])])
+            used[c] += 1
+        return self._held_out.images[torch.tensor(chosen)]
 
     def _statistics(self, features: Any) -> FeatureStatistics:
         statistics = FeatureStatistics(features.shape[1])

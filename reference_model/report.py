@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from reference_model import report_sections
-from reference_model.charts import number
+from reference_model.charts import plus_minus
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config, write_atomically
 from reference_model.configs import TrainConfig
 from reference_model.report_explorer import explorer
 from reference_model.report_images import Pixels, read_sheet
-from reference_model.sweep import SAMPLES, SHEET_COLUMNS, label
+from reference_model.sweep import REAL, SAMPLES, SHEET_COLUMNS, label
 from reference_model.sweep_record import SweepRecord, load_record
 
 REPORT_FILE = "report.html"
@@ -58,7 +58,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         raise RunDirError(f"{stats_path} has a line that is not JSON: {error}") from error
     sheets: dict[str, Pixels] = {}
     if record is not None:
-        names = [label(m.sigma_rel) for m in record.measurements]
+        names = [REAL, *(label(m.sigma_rel) for m in record.measurements)]
         for name in [*names, *(f"direct_{n}" for n in names)]:
             path = run_dir / SAMPLES / f"{name}.png"
             images = read_sheet(path, len(record.shown), SHEET_COLUMNS)
@@ -97,8 +97,7 @@ def render(run: Run) -> str:
         states = [
             {
                 "sigma": m.sigma_rel,
-                "name": f"σ_rel = {m.sigma_rel:g}",
-                "about": f"distance {number(m.distance)} ± {number(m.error, 1)}"
+                "about": f"distance {plus_minus(m.distance, m.error)}"
                 + (" · the best" if m is record.best else ""),
             }
             for m in record.averages

@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 
 from posthoc_ema import PowerFunction
-from reference_model.charts import Chart, Scale, nice_range, number, responsive
+from reference_model.charts import (
+    Chart,
+    Scale,
+    nice_range,
+    number,
+    plus_minus,
+    responsive,
+    tick_label,
+)
 from reference_model.metrics import mean_and_error
-from reference_model.sweep_record import Measurement, SweepRecord
+from reference_model.sweep_record import Measurement, SweepRecord, clearly_worse
 
-EXACT = 1e-5
-"""Errors below this are float32 rounding: the length is one that snapshots hold."""
+EXACT = 1e-7
+"""Errors below this are none: the length is one that snapshots hold."""
 
 
 def state_link(measurement: Measurement) -> str:
@@ -39,6 +47,7 @@ def quality_chart(record: SweepRecord) -> str:
     """Distance against EMA length, with repeats, error bars and the levels to compare with."""
     averages, raw, best = record.averages, record.raw, record.best
     assert best is not None  # the report draws this only where there are averages
+    equal = [m for m in averages if not clearly_worse(m, best)]
     levels = [*record.real, *(raw.distances if raw else ())]
     y_scale = nice_range([*levels, *(d for m in averages for d in m.distances)], log=True)
 
@@ -81,11 +90,13 @@ def quality_chart(record: SweepRecord) -> str:
             chart.group(i)
             chart.dot(x, m.distance, "selected", radius=9)
             chart.end_group()
-            hint = f"σ_rel {x:g}: distance {number(m.distance)} ± {number(m.error, 1)}"
+            hint = f"σ_rel {x:g}: distance {plus_minus(m.distance, m.error)}"
             chart.link(x, m.distance, state_link(m), hint, "best" if m is best else "ema")
-        x, y = chart.at_x(best.sigma_rel or 0.0), chart.at_y(best.distance)
-        # Below the curve's lowest point there is room, unless the real images' level runs there.
-        chart.text(x, y + 24, f"best: {best.sigma_rel:g}", "note ema strong", anchor="middle")
+        x, y = chart.at_x(best.sigma_rel or 0.0), chart.at_y(min(best.distances))
+        chart.text(x, y + 26, f"best: {best.sigma_rel:g}", "note ema strong", anchor="middle")
+        first, last = equal[0].sigma_rel or 0.0, equal[-1].sigma_rel or 0.0
+        place = f"M{chart.at_x(first):g} {chart.bottom}H{chart.at_x(last):g}"
+        chart.add(f'<path class="equal" d="{place}"/>')
         return chart.svg(
             f"Fréchet distance against EMA length: lowest, {number(best.distance)}, at "
             f"{best.sigma_rel:g}" + (f"; raw weights {number(raw.distance)}" if raw else "")
@@ -97,8 +108,8 @@ def quality_chart(record: SweepRecord) -> str:
 def profile_chart(record: SweepRecord) -> str:
     """What each EMA length weights over training, and where snapshots lie."""
     averages = record.averages
-    # Powers of τ are steep near the end: sample there more densely.
-    tau = 1 - np.linspace(1, 0, 121) ** 2
+    # Powers of τ are steep near either end: sample there more densely.
+    tau = (1 - np.cos(np.linspace(0, np.pi, 161))) / 2
 
     def draw(width: int, height: int) -> str:
         chart = Chart(Scale(0, 1), Scale(0, 1.08), width=width, height=height, right=18)
@@ -158,18 +169,17 @@ def coefficient_chart(record: SweepRecord) -> str:
     def draw(width: int, height: int) -> str:
         parts = []
         for i, m in enumerate(record.averages):
-            largest = max((abs(c) for c in m.coefficients), default=1.0) or 1.0
-            chart = Chart(
-                Scale(0, 1),
-                Scale(-1.15 * largest, 1.15 * largest),
-                width=width,
-                height=height,
-                right=18,
-            )
+            # Square roots: the last snapshots' multipliers would hide all the others.
+            high = signed_root(max(0.25, *m.coefficients)) * 1.1
+            low = signed_root(min(-0.25, *m.coefficients)) * 1.1
+            chart = Chart(Scale(0, 1), Scale(low, high), width=width, height=height, right=18)
+            ticks = [0, 1, -1, 0.25, -0.25, 10, -10, 3, -3, 30, -30, 100, -100]
             chart.axes(
                 "training progress",
-                "coefficient of each snapshot",
+                "coefficient of each snapshot (root scale)",
                 x_ticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
+                y_ticks=chart.spaced([signed_root(v) for v in ticks]),
+                format_y=lambda v: tick_label(math.copysign(v * v, v)),
                 format_x=lambda v: f"{100 * v:.0f} %",
             )
             chart.level(0.0, "axis")
@@ -177,12 +187,17 @@ def coefficient_chart(record: SweepRecord) -> str:
                 k = tracks.index(sigma_rel)
                 # Tracks of the same time stand side by side.
                 shift = (k - (len(tracks) - 1) / 2) * 4.0
-                chart.stem(t / end, c, f"track{k % 4}", shift)
+                chart.stem(t / end, signed_root(c), f"track{k % 4}", shift)
             picture = chart.svg(f"Coefficients for EMA length {m.sigma_rel:g}")
             parts.append(f'<div class="state" data-state="{i}">{picture}</div>')
         return "".join(parts)
 
     return responsive(draw, wide=(960, 240), narrow=(380, 220))
+
+
+def signed_root(value: float) -> float:
+    """Square root of the size, with the sign."""
+    return math.copysign(math.sqrt(abs(value)), value)
 
 
 def error_chart(record: SweepRecord) -> str:
@@ -193,6 +208,7 @@ def error_chart(record: SweepRecord) -> str:
         "predicted": [(m.sigma_rel or 0.0, m.predicted_error or math.nan) for m in averages],
         "true": [(m.sigma_rel or 0.0, m.direct.error) for m in checked if m.direct],
         "paper": [(m.sigma_rel or 0.0, m.direct.paper_error) for m in checked if m.direct],
+        "raw": [(m.sigma_rel or 0.0, m.from_raw or math.nan) for m in averages],
     }
     stored = sorted({sigma_rel for _, sigma_rel in record.inputs})
     shown = {
@@ -207,7 +223,7 @@ def error_chart(record: SweepRecord) -> str:
             "EMA length σ_rel",
             "RMS error of the weights, relative to their RMS",
             x_ticks=length_ticks(chart),
-            format_y=percent,
+            format_y=lambda v: f"{tick_label(100 * v)} %",
         )
         for sigma_rel in stored:
             if chart.x.low <= sigma_rel <= chart.x.high:
@@ -216,7 +232,9 @@ def error_chart(record: SweepRecord) -> str:
                     f'<line class="stored" x1="{x:g}" y1="{chart.top}" x2="{x:g}" '
                     f'y2="{chart.bottom}"/>'
                 )
-                chart.text(x + 5, chart.top + 10, f"stored {sigma_rel:g}", "note small")
+                if width > 500:
+                    chart.text(x + 5, chart.top + 10, f"stored {sigma_rel:g}", "note small")
+        chart.line(*_xy(shown["raw"]), "raw dotted")
         chart.line(*_xy(shown["predicted"]), "predicted dashed")
         chart.line(*_xy(shown["paper"]), "paper thin")
         for x, y in shown["paper"]:
@@ -241,7 +259,7 @@ def loss_chart(stats: Sequence[Mapping[str, Any]]) -> str:
     xs = [float(line["nimg"]) for line in stats]
     ys = [float(line["loss"]) for line in stats]
     # The first lines tower over the rest: start the axis where the bulk lies.
-    top = float(np.quantile(ys, 0.98)) if len(ys) > 20 else max(ys)
+    top = float(np.quantile(ys, 0.95)) if len(ys) > 20 else max(ys)
     y_scale = nice_range([y for y in ys if y <= top])
 
     def draw(width: int, height: int) -> str:

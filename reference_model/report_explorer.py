@@ -15,12 +15,17 @@ from reference_model.report_charts import (
     profile_chart,
 )
 from reference_model.report_images import Pixels, sheet
-from reference_model.sweep import SHEET_COLUMNS, label
+from reference_model.sweep import REAL, SHEET_COLUMNS, label
 from reference_model.sweep_record import DirectCheck, Measurement, SweepRecord
 
 if TYPE_CHECKING:
     from reference_model.report import Run
 
+SIGMA = "σ<sub>rel</sub>"
+SAMPLES_INTRODUCTION = """<section id="samples"><h2>The same noise at every EMA length</h2>
+<p>Each place holds the same noise and the same class in both grids and at every length: what
+changes while you drag is due to the weights alone. Watch specks in the background, broken strokes,
+and digits that turn into others.</p></section>"""
 DIFFERENCE_GAIN = 8
 STRIP_IMAGES = 20
 
@@ -32,14 +37,19 @@ def explorer(run: Run, record: SweepRecord) -> str:
     index = averages.index(record.best)
     shortest, longest = averages[0].sigma_rel, averages[-1].sigma_rel
     control = f"""<div class="control"><label for="length"><span>EMA length</span>
-<output class="value" id="length-value" for="length">σ_rel = {record.best.sigma_rel:g}</output>
+<span class="value">{SIGMA} =
+<output id="length-value" for="length">{record.best.sigma_rel:g}</output></span>
 <output id="length-about" for="length"></output></label>
 <input type="range" id="length" min="0" max="{len(averages) - 1}" step="1" value="{index}">
 <div class="ends" aria-hidden="true"><span>{shortest:g} · short</span>
 <span>long · {longest:g}</span></div></div>"""
+    if len(averages) < 2:
+        control = ""
+    pictures = samples(run, record, index)
     parts = [
-        control if len(averages) > 1 else "",
-        samples(run, record, index),
+        SAMPLES_INTRODUCTION if pictures else "",
+        control,
+        pictures,
         profiles(record, index),
         trust(run, record, index),
     ]
@@ -55,6 +65,14 @@ def samples(run: Run, record: SweepRecord, index: int) -> str:
     ]
     if not shown:
         return ""
+    real_images = run.sheets.get(REAL)
+    real = ""
+    if real_images is not None:
+        grid = sheet(real_images[:STRIP_IMAGES], SHEET_COLUMNS, alt="real images")
+        real = (
+            '<div class="strips"><figure><figcaption>Real images<small>held out, for comparison'
+            f"</small></figcaption>{grid}</figure></div>"
+        )
     classes = ""
     if record.shown[:SHEET_COLUMNS] == tuple(range(SHEET_COLUMNS)):
         names = "".join(f"<span>{c}</span>" for c in range(SHEET_COLUMNS))
@@ -67,12 +85,9 @@ def samples(run: Run, record: SweepRecord, index: int) -> str:
     if raw_images is not None and record.raw is not None:
         grid = _grid(record, record.raw, raw_images)
         raw = f"<figure><h3>Raw weights</h3>{classes}{grid}</figure>"
-    return f"""<section id="samples"><h2>The same noise at every EMA length</h2>
-<p>Each place holds the same noise and the same class in both grids and at every length: what
-changes while you drag is due to the weights alone. Watch specks in the background, broken strokes,
-and digits that turn into others.</p>
-<div class="pair">{raw}<figure class="average"><h3>Average of the length selected</h3>
-{classes}{states}</figure></div></section>"""
+    return f"""<div class="pair">{raw}
+<figure class="average"><h3>Average of the length selected</h3>{classes}{states}</figure></div>
+{real}"""
 
 
 def _grid(record: SweepRecord, m: Measurement, images: Pixels) -> str:
@@ -93,15 +108,15 @@ def profiles(record: SweepRecord, index: int) -> str:
     tracks = sorted({sigma_rel for _, sigma_rel in record.inputs})
     times = len({t for t, _ in record.inputs})
     keys = "".join(
-        f"<li>{_key(_track_marks(k % 4))}snapshots of σ_rel {sigma_rel:g}</li>"
+        f"<li>{_key(_track_marks(k % 4))}snapshots of {SIGMA} {sigma_rel:g}</li>"
         for k, sigma_rel in enumerate(tracks)
     )
     kept = " and ".join(f"{s:g}" for s in tracks)
     return f"""<section id="profiles"><h2>What this average contains</h2>
 <p>An average of power-function profile weights the training history as drawn: nothing of the start,
 most of the end. The bar marks mean and standard deviation of that weighting, as fractions of
-training; the standard deviation is σ_rel. Short averages still follow the noise of the last steps;
-long ones remember weights that training has left behind.</p>
+training; the standard deviation is {SIGMA}. Short averages still follow the noise of the last
+steps; long ones remember weights that training has left behind.</p>
 {_select(profile_chart(record), index)}
 <p class="caption">Marks on the axis: the {times} times at which averages of length {kept} were
 kept, {number(record.snapshot_bytes / 1e6, 2)} MB in all. Any other length is put together from
@@ -125,7 +140,7 @@ def trust(run: Run, record: SweepRecord, index: int) -> str:
     if not any(m.predicted_error for m in record.averages):
         return ""
     checked = [(m, m.direct) for m in record.averages if m.direct is not None]
-    legend = ["true", "predicted", "paper"] if checked else ["predicted"]
+    legend = ["true", "predicted", "paper", "raw"] if checked else ["predicted", "raw"]
     strips = "".join(_strips(run, m, i, index) for i, m in enumerate(record.averages))
     if strips:
         strips += (
@@ -136,8 +151,9 @@ def trust(run: Run, record: SweepRecord, index: int) -> str:
 <p>{_trust_words(checked)}</p>
 <ul class="legend">{"".join(f"<li>{_key(KEYS[n][0])}{KEYS[n][1]}</li>" for n in legend)}</ul>
 {_select(error_chart(record), index)}
-<p class="caption">Both axes are logarithmic. At the lengths that were stored the error is float32
-rounding, below this chart.</p>
+<p class="caption">Both axes are logarithmic. At the lengths that were stored, the reconstruction is
+the stored average, bit for bit. The dotted line gives the errors a scale: it is how far each
+average is from the raw weights.</p>
 {strips}</section>"""
 
 
@@ -178,7 +194,7 @@ def _strips(run: Run, m: Measurement, i: int, index: int) -> str:
     amplified = np.minimum(difference * DIFFERENCE_GAIN, 255).astype(np.uint8)
     mean = f"mean {number(m.direct.pixel_difference, 2)} of 255 grey levels"
     rows = (
-        (made, "Reconstructed afterwards", f"from snapshots, σ_rel {m.sigma_rel:g}"),
+        (made, "Reconstructed afterwards", f"from snapshots, {SIGMA} {m.sigma_rel:g}"),
         (tracked, "Kept during training", "the truth"),
         (amplified, "Difference", mean),
     )
@@ -202,6 +218,7 @@ KEYS = {
         '<path class="line paper thin" d="M0 6H24"/><path class="dot paper" d="M12 1l5 8.7h-10Z"/>',
         "true error of the paper’s solve",
     ),
+    "raw": ('<path class="line raw dotted" d="M0 6H24"/>', "distance from the raw weights"),
 }
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reference_model.charts import number
+from reference_model.charts import number, plus_minus
 from reference_model.metrics import mean_and_error
 from reference_model.report_charts import loss_chart, percent, quality_chart
+from reference_model.report_explorer import SIGMA
 from reference_model.sweep_record import (
     Measurement,
     SweepRecord,
@@ -37,7 +37,7 @@ def header(run: Run) -> str:
     best, raw = record.best, record.raw
     worst = max(record.averages, key=lambda m: m.distance)
     figures = [
-        ("Best EMA length", f"{best.sigma_rel:g}", "of training time (σ_rel)"),
+        ("Best EMA length", f"{best.sigma_rel:g}", f"of training time ({SIGMA})"),
         (
             "Distance to real images",
             number(best.distance),
@@ -46,9 +46,9 @@ def header(run: Run) -> str:
         (
             "A wrong length costs up to",
             f"{number(worst.distance / best.distance, 2)} ×",
-            f"the distance, at σ_rel {worst.sigma_rel:g}",
+            f"the distance, at {SIGMA} {worst.sigma_rel:g}",
         ),
-        _error_figure(best),
+        _error_figure(record),
     ]
     items = "".join(
         f"<div><dt>{title}</dt><dd>{value}<small>{note}</small></dd></div>"
@@ -112,8 +112,8 @@ with its standard error; thin lines: the single repeats. In each repeat all leng
 same noise, so that thin lines move together: what separates them is chance in the noise, the shape
 they share is not. {real}Distances are Fréchet distances between {judge["features"]} features, as a
 classifier of the training images sees them, of generated and of {judge["held_out_images"]} held-out
-images. This is one training run; another would move the curve. Select a dot to see its images
-below.</p>
+images. The thick part of the axis holds the lengths that cannot be told apart from the best. This
+is one training run; another would move the curve. Select a dot to see its images below.</p>
 <details><summary>All numbers</summary><div class="scroll">{_table(record)}</div></details>
 </section>"""
 
@@ -122,10 +122,9 @@ def conclusions(record: SweepRecord) -> list[str]:
     """What the curve says, as sentences; differences within the noise are not called any."""
     best, raw, averages = record.best, record.raw, record.averages
     assert best is not None  # as above
-    against = f"; the raw weights at the end of training {_pm(raw)}" if raw else ""
-    sentences = [
-        f"The best average, σ_rel {best.sigma_rel:g}, scores <strong>{_pm(best)}</strong>{against}."
-    ]
+    against = f"; the raw weights at the end of training {_score(raw)}" if raw else ""
+    score = f"<strong>{_score(best)}</strong>"
+    sentences = [f"The best average, {SIGMA} {best.sigma_rel:g}, scores {score}{against}."]
     for end, word in ((averages[0], "short"), (averages[-1], "long")):
         if clearly_worse(end, best):
             cost = f"{100 * (end.distance / best.distance - 1):.0f} %"
@@ -203,7 +202,7 @@ def what_next(run: Run) -> str:
     best = f"{record.best.sigma_rel:g}" if record is not None and record.best else "0.1"
     return f"""<section id="next"><h2>What to type next</h2>
 <p>With this run:</p>
-<pre><code><span class="c"># more samples from the best average</span>
+<pre data-copy><code><span class="c"># more samples from the best average</span>
 python -m reference_model generate --run-dir {where} --sigma-rel {best} --out {where}/best
 
 <span class="c"># other lengths; what is measured already is kept</span>
@@ -216,7 +215,7 @@ posthoc-ema error {where}/ema --sigma-rel 0.01,0.02,...,0.25
 <span class="c"># weights of any length as a plain safetensors file</span>
 posthoc-ema reconstruct {where}/ema --sigma-rel {best} --out {where}/best.safetensors</code></pre>
 <p>In a training loop of your own, with a PyTorch, JAX or numpy model:</p>
-<pre><code>from posthoc_ema import EMA, reconstruct
+<pre data-copy><code>from posthoc_ema import EMA, reconstruct
 
 ema = EMA(sigma_rel=(0.05, 0.10), snapshots="run/ema", every=1000)
 for batch in loader:
@@ -241,14 +240,16 @@ def footer(run: Run) -> str:
     )
 
 
-def _error_figure(best: Measurement) -> tuple[str, str, str]:
-    title = "Error of the reconstruction"
-    if best.direct is not None:
-        predicted = percent(best.predicted_error) if best.predicted_error else "none"
-        return title, percent(best.direct.error), f"of the weights; predicted: {predicted}"
-    if best.predicted_error is not None:
-        return title, percent(best.predicted_error), "of the weights, predicted"
-    return "Snapshots used", str(len(best.coefficients)), "to make each average"
+def _error_figure(record: SweepRecord) -> tuple[str, str, str]:
+    title = "Error of reconstruction"
+    true = [m.direct.error for m in record.averages if m.direct is not None]
+    predicted = [m.predicted_error for m in record.averages if m.predicted_error is not None]
+    note = f"predicted: at most {percent(max(predicted))}" if predicted else "not predicted"
+    if true:
+        return title, f"≤ {percent(max(true))}", f"of the weights; {note}"
+    if predicted:
+        return title, f"≤ {percent(max(predicted))}", "of the weights, as predicted"
+    return "Snapshots used", str(len(record.inputs)), "to make each average"
 
 
 def _table(record: SweepRecord) -> str:
@@ -256,7 +257,7 @@ def _table(record: SweepRecord) -> str:
     rows = []
     for m in record.measurements:
         cells = (
-            "raw" if m.sigma_rel is None else f"σ_rel {m.sigma_rel:g}",
+            "raw" if m.sigma_rel is None else f"{SIGMA} {m.sigma_rel:g}",
             number(m.distance),
             number(m.error, 2),
             f"{100 * float(np.mean(m.agreement)):.1f} %",
@@ -268,12 +269,8 @@ def _table(record: SweepRecord) -> str:
     return f'<table class="num"><tr>{head}</tr>{"".join(rows)}</table>'
 
 
-def _pm(m: Measurement) -> str:
-    """A distance with its standard error, rounded alike."""
-    if not math.isfinite(m.error) or m.error <= 0:
-        return number(m.distance)
-    decimals = max(0, 1 - math.floor(math.log10(m.error)))
-    return f"{m.distance:.{decimals}f} ± {m.error:.{decimals}f}"
+def _score(m: Measurement) -> str:
+    return plus_minus(m.distance, m.error)
 
 
 def _count_parameters(run: Run) -> int:

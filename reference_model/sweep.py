@@ -39,6 +39,7 @@ from reference_model.sweep_record import (
 )
 
 SAMPLES = "samples"
+REAL = "real"
 SHOWN_IMAGES = 60
 SHEET_COLUMNS = 10
 
@@ -81,7 +82,7 @@ def sweep(
     missing = [s for s in wanted if record.find(s) is None]
     lengths = [s for s in missing if s is not None]
     weights: dict[float | None, Reconstruction] = {}
-    direct: dict[float, DirectCheck | None] = {}
+    direct: dict[float, DirectCheck] = {}
     if lengths:
         started = time.monotonic()
         made = reconstruct(run_dir / SNAPSHOTS, lengths, framework="torch", progress=progress)
@@ -90,19 +91,22 @@ def sweep(
         record.inputs = tuple((t, profile.sigma_rel) for t, profile in made[0].inputs)
         tracked = direct_averages(checkpoint, config.direct_sigma_rel)
         checks = {s: r for s, r in weights.items() if s in tracked}
-        direct = _check_directly(run_dir, protocol, checks, tracked)
+        direct = _check_directly(run_dir, protocol, checks, tracked, progress)
     if not record.real:
         record.real = judge.score_real().distances
+        _save_sheet(run_dir, REAL, judge.real_images(record.shown))
 
     total = len(missing) * protocol.repeats * protocol.images
     with tqdm(total=total, desc="measure", unit="img", disable=not progress) as bar:
         for sigma_rel in missing:
             bar.set_postfix_str(label(sigma_rel))
-            measurement = _measure(run_dir, judge, sigma_rel, weights.get(sigma_rel), direct, bar)
+            measurement = _measure(
+                run_dir, judge, sigma_rel, weights.get(sigma_rel), checkpoint["net"], direct, bar
+            )
             record.add(measurement)
             record.save(run_dir)
             if progress:
-                bar.write(_line(measurement))
+                bar.write(_line(measurement), file=sys.stderr)  # stdout is for results
     return record
 
 
@@ -175,6 +179,7 @@ def _open_record(run_dir: Path, judge: Judge, protocol: Protocol) -> SweepRecord
         "protocol": asdict(protocol),
         "judge": judge.describe(),
         "t": last.t,
+        "snapshots": len(snapshots),
         "run_id": last.run.run_id,
     }
     record = load_record(run_dir)
@@ -199,7 +204,8 @@ def _measure(
     judge: Judge,
     sigma_rel: float | None,
     weights: Reconstruction | None,
-    direct: Mapping[float, DirectCheck | None],
+    raw: Mapping[str, Tensor],
+    direct: Mapping[float, DirectCheck],
     bar: Any,
 ) -> Measurement:
     net = load_network(run_dir, None if weights is None else weights.state_dict())
@@ -221,6 +227,7 @@ def _measure(
         score.agreement,
         tuple(read_as.tolist()),
         seconds=round(time.monotonic() - started, 3),
+        from_raw=None if weights is None else relative_error(weights.state_dict(), raw),
         predicted_error=predicted if predicted == predicted else None,  # NaN: cannot tell
         coefficients=() if weights is None else tuple(np.asarray(weights.coefficients).tolist()),
         direct=None if sigma_rel is None else direct.get(sigma_rel),
@@ -232,15 +239,18 @@ def _check_directly(
     protocol: Protocol,
     made: Mapping[float, Reconstruction],
     tracked: Mapping[float, Mapping[str, Tensor]],
-) -> dict[float, DirectCheck | None]:
+    progress: bool,
+) -> dict[float, DirectCheck]:
     """Compare reconstructions with the same averages tracked during training."""
     if not made:
         return {}
     lengths = list(made)
     by_paper = reconstruct(run_dir / SNAPSHOTS, lengths, framework="torch", method="paper")
     seeds = protocol.seeds(0)[:SHOWN_IMAGES]
-    checks: dict[float, DirectCheck | None] = {}
-    for sigma_rel, paper in zip(lengths, by_paper, strict=True):
+    checks: dict[float, DirectCheck] = {}
+    pairs = zip(lengths, by_paper, strict=True)
+    bar = tqdm(pairs, desc="compare with tracked averages", total=len(made), disable=not progress)
+    for sigma_rel, paper in bar:
         truth = tracked[sigma_rel]
         images = []
         for weights in (made[sigma_rel].state_dict(), truth):
@@ -276,7 +286,7 @@ def _line(measurement: Measurement) -> str:
 def describe_machine() -> dict[str, Any]:
     """Processor, threads and versions, for the record."""
     return {
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -43,6 +43,7 @@ class Measurement:
         agreement: Fraction of images of each repeat read as the class asked for.
         read_as: Class as which each of the shown images is read.
         seconds: Time taken.
+        from_raw: RMS difference from the raw weights, relative to their RMS; ``None`` for these.
         predicted_error: Relative RMS error that reconstruction predicted of itself; ``None`` for
             raw weights, or where it cannot tell.
         coefficients: Of the snapshots, in the order of the record's ``inputs``.
@@ -54,6 +55,7 @@ class Measurement:
     agreement: tuple[float, ...]
     read_as: tuple[int, ...]
     seconds: float
+    from_raw: float | None = None
     predicted_error: float | None = None
     coefficients: tuple[float, ...] = ()
     direct: DirectCheck | None = None
