@@ -93,25 +93,27 @@ def ours(model: torch.nn.Module, **options: Any) -> Step:
 
 
 def ema_pytorch(model: torch.nn.Module) -> Step:
-    ema = peers.load("ema-pytorch").PostHocEMA(
-        model,
-        sigma_rels=SIGMA_RELS,
-        update_every=1,
-        checkpoint_every_num_steps="manual",
-        checkpoint_folder=tempfile.mkdtemp(),
-    )
+    with tempfile.TemporaryDirectory() as folder:  # wanted, but nothing is written there
+        ema = peers.load("ema-pytorch").PostHocEMA(
+            model,
+            sigma_rels=SIGMA_RELS,
+            update_every=1,
+            checkpoint_every_num_steps="manual",
+            checkpoint_folder=folder,
+        )
     return ema.update
 
 
 def pytorch_posthoc_ema(model: torch.nn.Module) -> Step:
-    ema = peers.load("pytorch-posthoc-ema").PostHocEMA.from_model(
-        model,
-        tempfile.mkdtemp(),
-        sigma_rels=SIGMA_RELS,
-        update_every=1,
-        update_after_step=0,
-        checkpoint_every=10**9,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        ema = peers.load("pytorch-posthoc-ema").PostHocEMA.from_model(
+            model,
+            folder,
+            sigma_rels=SIGMA_RELS,
+            update_every=1,
+            update_after_step=0,
+            checkpoint_every=10**9,
+        )
     return partial(ema.update_, model)
 
 
@@ -234,14 +236,13 @@ def main() -> None:
     torch.manual_seed(0)
     started = harness.machine()
     record = {}
-    with tempfile.TemporaryDirectory() as tempfile.tempdir:  # peers want folders for checkpoints
-        for name in arguments.case:
-            case = CASES[name]
-            if arguments.quick:
-                sizes = [size % 1000 + 1 for size in case.sizes[:50]]
-                case = replace(case, sizes=sizes, rounds=3)
-            record[name] = measure(case, arguments.builds, not arguments.no_peers)
-            print(report(name, case, record[name], bars=not arguments.quick), flush=True)
+    for name in arguments.case:
+        case = CASES[name]
+        if arguments.quick:
+            sizes = [size % 1000 + 1 for size in case.sizes[:50]]
+            case = replace(case, sizes=sizes, rounds=3)
+        record[name] = measure(case, arguments.builds, not arguments.no_peers)
+        print(report(name, case, record[name], bars=not arguments.quick), flush=True)
     if not arguments.quick:
         settings = {"threads": arguments.threads, "builds": arguments.builds, "seed": 0}
         print(f"\nraw numbers: {harness.save('tracker_overhead', settings, started, record)}")
