@@ -360,7 +360,9 @@ def test_state_dict_restores_a_module_strictly(net_run: Any) -> None:
     fresh.load_state_dict(state, strict=True)
     assert fresh.head.weight is fresh.embed.weight
     assert torch.equal(fresh.head.weight, weights.params["embed.weight"])
-    assert torch.equal(fresh.frozen.weight, net.frozen.weight)
+    # Coefficients sum to one but for rounding, in float32 like the sum itself.
+    bound = 20 * EPS * weights.diagnostics["l1_norm"]
+    assert (fresh.frozen.weight - net.frozen.weight).abs().max() <= bound
     fresh.eval()(torch.arange(9))
 
 
