@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,10 @@ def numpy_dtype_name(dtype: np.dtype[Any]) -> str:
     raise TypeError(f"arrays of type {dtype} cannot be stored; convert it, or leave it out")
 
 
+if TYPE_CHECKING:
+    PageNumbers = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
+
+
 class PageDigest:
     """Digest of a stream of bytes, at the speed of memory.
 
@@ -170,15 +175,18 @@ class PageDigest:
     order of summation does not matter. A change within one word, any two flipped bits and any
     two exchanged words of a page are found for certain; a hash of every byte would find more, and
     take ten times as long as reading.
+
+    Args:
+        numbers: Computes the numbers of whole pages; default :func:`page_numbers`.
     """
 
     PAGE = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: PageNumbers | None = None) -> None:
+        self._numbers = numbers or page_numbers
         self._hash = blake2b(digest_size=8)
         self._rest = np.empty(0, np.uint8)
         self._length = 0
-        self._double = np.empty((64, self.PAGE // 4))  # stays in cache
 
     def update(self, data: NDArray[np.uint8]) -> None:
         """Add contiguous bytes."""
@@ -201,22 +209,30 @@ class PageDigest:
         final = self._hash.copy()
         padded = np.zeros(self.PAGE, np.uint8)
         padded[: len(self._rest)] = self._rest
-        final.update(self._sums(padded))
+        final.update(self._numbers(padded).astype("<i8").tobytes())
         final.update(self._length.to_bytes(8, "little"))
         return final.hexdigest()
 
     def _add(self, pages: NDArray[np.uint8]) -> None:
-        self._hash.update(self._sums(pages))
-
-    def _sums(self, pages: NDArray[np.uint8]) -> bytes:
-        words = pages.view("<i4").reshape(-1, self.PAGE // 4)
-        sums = np.empty(len(words))
-        for start in range(0, len(words), len(self._double)):
-            part = words[start : start + len(self._double)]
-            double = self._double[: len(part)]
-            np.copyto(double, part)
-            np.matmul(double, _MULTIPLIERS, out=sums[start : start + len(part)])
-        return sums.astype("<i8").tobytes()
+        self._hash.update(self._numbers(pages).astype("<i8").tobytes())
 
 
 _MULTIPLIERS = np.arange(1.0, PageDigest.PAGE // 2, 2)
+
+
+def page_numbers(pages: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The number of each page, see :class:`PageDigest`; float64 holds it exactly.
+
+    Args:
+        pages: ``[n * 4096]`` contiguous bytes.
+    """
+    words = pages.view("<i4").reshape(-1, PageDigest.PAGE // 4)
+    numbers = np.empty(len(words))
+    # 64 pages stay in cache; as products of 8 by 1024 BLAS starts no threads for them.
+    double = np.zeros((64, words.shape[1]))
+    for start in range(0, len(words), 64):
+        part = words[start : start + 64]
+        np.copyto(double[: len(part)], part)
+        eights = double.reshape(-1, 8, words.shape[1])[: -(-len(part) // 8)]
+        numbers[start : start + 64] = (eights @ _MULTIPLIERS).ravel()[: len(part)]
+    return numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -214,7 +215,11 @@ class SnapshotStore:
                 except ImportError:  # no such locks on this system: one writer is assumed
                     pass
                 else:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                    except OSError as error:  # nor has every network file system
+                        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                            raise
                 yield
         except OSError as error:
             if isinstance(error, SnapshotError):

@@ -7,25 +7,29 @@ of all targets: memory does not depend on the size of the model or the number of
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from posthoc_ema.encoding import ITEM_SIZE, PageDigest, decode_into
-from posthoc_ema.errors import NonFiniteError
+from posthoc_ema.encoding import ITEM_SIZE, PageDigest
+from posthoc_ema.errors import CorruptSnapshotError, NonFiniteError
+from posthoc_ema.kernels import Kernel, fastest_kernel
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MATRIX_BYTES = 64 << 20
-_KEPT_OPEN = 128  # files; others are opened for each block, for systems allow only so many
-_ALIGNMENT = PageDigest.PAGE  # elements: keeps the pages of every type whole
+_BLOCK = 1 << 18  # float32 elements taken of each file at once; whole pages of any type
+_TOGETHER = 8  # files whose blocks are in the cache together
+_STRETCH = 4 << 20
+_KEPT_OPEN = 128  # files kept mapped: systems allow so many; others are read block by block
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,93 +96,155 @@ def stream(
     order = [name for name in used[0].entries if name in wanted]
     runs = _runs(used, groups, order, needed, sink)
 
+    kernel = fastest_kernel()
     digests: list[PageDigest | None] = [None] * len(used)
     if check:
         for i, snapshot in enumerate(used):
             if [n for n in snapshot.entries if n in snapshot.averages] == order:
-                digests[i] = PageDigest()  # read in the order of its bytes: checked on the way
+                # Read in the order of its bytes: checked on the way.
+                digests[i] = PageDigest(kernel.page_numbers)
             else:
                 snapshot.verify()
 
-    with ExitStack() as stack:
-        reader = stack.enter_context(_Reader(used, digests))
+    with _Reader(used, digests, kernel) as reader:
         for run in runs:
             sink.start(run.outputs)
-            for start, rows in reader.blocks(run):
-                block = run.coefficients @ rows
-                for target, i in run.copied:
-                    block[target] = rows[i]
+            for start, block in reader.blocks(run):
                 # A sum is finite only if all of it is, and costs no temporary.
-                if not np.isfinite(block.sum(dtype=np.float64)):
+                with np.errstate(invalid="ignore", over="ignore"):
+                    finite = np.isfinite(block.sum(dtype=np.float64))
+                if not finite:
                     _raise_non_finite(used, run, start, block)
                 sink.write(start, block)
-                progress(sum(rows.shape[1] * ITEM_SIZE[dtype] for dtype in run.dtypes))
+                progress(sum(block.shape[1] * ITEM_SIZE[dtype] for dtype in run.dtypes))
     for snapshot, digest in zip(used, digests, strict=True):
         if digest is not None:
             snapshot.check_digest("averages", digest)
 
 
 class _Reader:
-    """Reads blocks of all files into the rows of a matrix, on all cores."""
+    """Combines the files block by block.
 
-    def __init__(self, files: Sequence[Snapshot], digests: Sequence[PageDigest | None]) -> None:
-        from concurrent.futures import ThreadPoolExecutor  # slow to import
+    One file is the reference R, and the sum runs over differences: R + Σ x_i (S_i - R). Weights
+    that do not move come back exactly, and rounding is relative to the movement, not multiplied
+    by large coefficients of either sign. A block is taken from a few files at a time, so that
+    what was read and converted is still in the cache when it is multiplied.
+    """
 
-        self._files, self._digests = files, digests
-        size = _MATRIX_BYTES // (4 * len(files)) // _ALIGNMENT * _ALIGNMENT
-        self._size = int(np.clip(size, _ALIGNMENT, 64 * _ALIGNMENT))
-        self._matrix = np.empty(len(files) * self._size, np.float32)
-        workers = min(os.cpu_count() or 1, 8, len(files))
-        self._shares = [range(k, len(files), workers) for k in range(workers)]
-        self._raw = [np.empty(self._size * 8, np.uint8) for _ in self._shares]
-        self._pool = ThreadPoolExecutor(workers)
+    def __init__(
+        self,
+        snapshots: Sequence[Snapshot],
+        digests: Sequence[PageDigest | None],
+        kernel: Kernel,
+    ) -> None:
+        self._snapshots, self._digests, self._kernel = snapshots, digests, kernel
+        self._reference = len(snapshots) - 1
+        others = [i for i in range(len(snapshots)) if i != self._reference]
+        self._groups = [others[k : k + _TOGETHER] for k in range(0, len(others), _TOGETHER)]
+        self._threads = min(os.cpu_count() or 1, _TOGETHER)
         self._stack = ExitStack()
-        self._open: list[int] = []
+        self._maps: list[tuple[mmap.mmap, NDArray[np.uint8]]] = []
+        self._rows = np.empty((_TOGETHER + 1) * _BLOCK, np.float32)
+        self._raw = [np.empty(0, np.uint8) for _ in range(self._threads)]
 
     def __enter__(self) -> _Reader:
-        self._stack.callback(self._pool.shutdown)
-        try:
-            for snapshot in self._files[:_KEPT_OPEN]:
-                self._open.append(self._stack.enter_context(snapshot.opened()))
-        except BaseException:
-            self._stack.close()
-            raise
+        from concurrent.futures import ThreadPoolExecutor  # slow to import
+
+        self._stack.callback(self._kernel.leave)
+        self._pool = self._stack.enter_context(
+            ThreadPoolExecutor(self._threads, initializer=self._kernel.enter_thread)
+        )
+        for snapshot in self._snapshots[:_KEPT_OPEN]:
+            with snapshot.opened() as file:
+                # Private, so that arrays on it count as writable; nothing writes.
+                mapped = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+            self._maps.append((mapped, np.frombuffer(mapped, np.uint8)))
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
     def blocks(self, run: _Run) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Yield the start of each block of a run and its ``[files, m]`` values."""
-        double = run.outputs[0].dtype == "F64"
-        size = self._size // 2 if double else self._size
-        matrix = self._matrix.view(np.float64) if double else self._matrix
+        """Yield the start of each block of a run and its ``[targets, m]`` combinations."""
+        dtype = run.coefficients.dtype
+        size = _BLOCK * 4 // dtype.itemsize
         total = sum(entry.count for entry in run.outputs)
+        buffer = self._rows.view(dtype).reshape(_TOGETHER + 1, size)
         for start in range(0, total, size):
             count = min(size, total - start)
-            rows = matrix[: len(self._files) * count].reshape(len(self._files), count)
+            base, rows = buffer[0, :count], buffer[1:, :count]
+            exact: dict[int, NDArray[Any]] = {}
+            self._each(partial(self._fill, run, [self._reference], start, None, [base], exact))
+            out = np.repeat(base[None], len(run.coefficients), axis=0)
+            for files in self._groups:
+                part = rows[: len(files)]
+                self._each(partial(self._fill, run, files, start, base, part, exact))
+                factors = np.ascontiguousarray(run.coefficients[:, files])
+                self._each(partial(self._accumulate, out, factors, part))
+            for target, i in run.copied:
+                out[target] = exact[i]
+            yield start, out
 
-            def fill(k: int, rows: NDArray[Any] = rows, start: int = start) -> None:
-                for i in self._shares[k]:
-                    item = ITEM_SIZE[run.dtypes[i]]
-                    raw = self._raw[k][: rows.shape[1] * item]
-                    self._read(i, run.offsets[i] + start * item, raw)
-                    digest = self._digests[i]
-                    if digest is not None:
-                        digest.update(raw)
-                    decode_into(raw, run.dtypes[i], rows[i])
+    def _each(self, task: Callable[[int], None]) -> None:
+        """Run a task in every thread; its exceptions surface here."""
+        list(self._pool.map(task, range(self._threads)))
 
-            # list: exceptions of the workers surface here.
-            list(self._pool.map(fill, range(len(self._shares))))
-            yield start, rows
+    def _fill(
+        self,
+        run: _Run,
+        files: Sequence[int],
+        start: int,
+        base: NDArray[Any] | None,
+        rows: Sequence[NDArray[Any]] | NDArray[Any],
+        exact: dict[int, NDArray[Any]],
+        k: int,
+    ) -> None:
+        """Convert the k-th thread's share of files, one to a row, as differences from base."""
+        for i, row in list(zip(files, rows, strict=True))[k :: self._threads]:
+            item = ITEM_SIZE[run.dtypes[i]]
+            offset = run.offsets[i] + start * item
+            raw = self._bytes(k, i, offset, len(row) * item)
+            digest = self._digests[i]
+            if digest is not None:
+                digest.update(raw)
+            self._kernel.decode_into(raw, run.dtypes[i], row)
+            self._release(i, offset, len(raw))
+            if any(i == file for _, file in run.copied):
+                exact[i] = row.copy()
+            if base is not None:
+                with np.errstate(invalid="ignore"):  # damaged bytes may be anything
+                    np.subtract(row, base, out=row)
 
-    def _read(self, i: int, offset: int, raw: NDArray[np.uint8]) -> None:
-        snapshot = self._files[i]
-        if i < len(self._open):
-            snapshot.read_bytes(self._open[i], offset, raw)
-            return
+    def _accumulate(
+        self, out: NDArray[Any], factors: NDArray[Any], rows: NDArray[Any], k: int
+    ) -> None:
+        """Add the k-th thread's share of columns."""
+        share = -(-rows.shape[1] // self._threads)
+        columns = slice(k * share, (k + 1) * share)
+        with np.errstate(invalid="ignore", over="ignore"):
+            self._kernel.accumulate(out[:, columns], factors, rows[:, columns])
+
+    def _bytes(self, k: int, i: int, offset: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of one file, from its memory map where it has one."""
+        snapshot = self._snapshots[i]
+        if i < len(self._maps):
+            mapped, array = self._maps[i]
+            if mapped.size() < len(array):  # reading on would be a bus error
+                raise CorruptSnapshotError(f"{snapshot.path} was truncated while it was read")
+            return array[offset : offset + size]
+        if len(self._raw[k]) < size:
+            self._raw[k] = np.empty(size, np.uint8)
+        raw = self._raw[k][:size]
         with snapshot.opened() as file:
             snapshot.read_bytes(file, offset, raw)
+        return raw
+
+    def _release(self, i: int, offset: int, size: int) -> None:
+        """Give mapped pages that were read back to the system, a stretch at a time."""
+        stop = (offset + size) // _STRETCH * _STRETCH
+        start = offset // _STRETCH * _STRETCH
+        if i < len(self._maps) and stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[i][0].madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def _runs(
@@ -216,7 +282,6 @@ def _runs(
                 _Run(
                     outputs[first:k],
                     coefficients.astype(np.float64 if double else np.float32),
-                    # A sum with zeros would lose the sign of a zero.
                     [
                         (k, int(np.flatnonzero(row)[0]))
                         for k, row in enumerate(coefficients)
@@ -236,7 +301,10 @@ def _raise_non_finite(used: Sequence[Snapshot], run: _Run, start: int, block: ND
         if place < entry.count:
             break
         place -= entry.count
-    culprits = [s.path for s in used if not np.isfinite(s.read(entry.name)).all()]
+    bad = [s for s in used if not np.isfinite(s.read(entry.name)).all()]
+    for snapshot in bad:
+        snapshot.verify()  # damage shall be called damage
+    culprits = [snapshot.path for snapshot in bad]
     where = f"in {', '.join(map(str, culprits))}" if culprits else "by overflow of float32"
     raise NonFiniteError(
         f"the reconstruction of {entry.name!r} is not finite: NaN or infinity {where}; "
