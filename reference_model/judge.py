@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,50 @@ class Score:
     def error(self) -> float:
         """Standard error of the mean distance; NaN for a single repeat."""
         return mean_and_error(self.distances)[1]
+
+
+def generate_in_parallel(
+    net: Any, protocol: Protocol, repeat: int, classes: Tensor | None = None
+) -> Tensor:
+    """Images of one repeat, with a batch on each CPU thread at a time.
+
+    A network of few channels leaves a second thread inside its operations nothing to do: two
+    batches side by side take half the time of one after the other. The images are the same.
+
+    Args:
+        net: A network as `generate_images` takes it.
+        protocol: What is generated and how.
+        repeat: Which repeat, counted from 0.
+        classes: Class of each image, int64 ``[images]``; not used by an unconditional network.
+
+    Returns:
+        uint8 ``[images, C, H, W]``.
+    """
+    seeds, labels = protocol.seeds(repeat), classes if net.config.label_dim else None
+
+    def generate(start: int) -> Tensor:
+        batch = slice(start, start + protocol.batch_size)
+        return generate_images(
+            net,
+            seeds[batch],
+            None if labels is None else labels[batch],
+            batch_size=protocol.batch_size,
+            num_steps=protocol.num_steps,
+        )
+
+    starts = range(0, len(seeds), protocol.batch_size)
+    threads = torch.get_num_threads()
+    if next(net.parameters()).device.type != "cpu" or threads == 1:
+        return torch.cat([generate(start) for start in starts])
+    was_training = net.training
+    net.eval()  # before the threads share it
+    torch.set_num_threads(1)  # of each thread of the pool
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(generate, starts)))
+    finally:
+        torch.set_num_threads(threads)
+        net.train(was_training)
 
 
 class Judge:
@@ -123,13 +168,7 @@ class Judge:
         classes = torch.tensor(protocol.classes(self.num_classes))
         distances, agreement = [], []
         for repeat in range(protocol.repeats):
-            images = generate_images(
-                net,
-                protocol.seeds(repeat),
-                classes if net.config.label_dim else None,
-                batch_size=protocol.batch_size,
-                num_steps=protocol.num_steps,
-            )
+            images = generate_in_parallel(net, protocol, repeat, classes)
             distance, read_as = self.judge(images, classes)
             distances.append(distance)
             agreement.append(float((read_as == classes).double().mean()))

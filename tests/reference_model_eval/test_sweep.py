@@ -12,7 +12,7 @@ import torch
 from posthoc_ema import reconstruct
 from reference_model.checkpoint import RunDirError, load_checkpoint, load_config, load_network
 from reference_model.demo import QUICK
-from reference_model.judge import Judge
+from reference_model.judge import Judge, generate_in_parallel
 from reference_model.protocol import Protocol
 from reference_model.sampler import generate_images
 from reference_model.sweep import direct_averages, evaluate, relative_error, sweep
@@ -213,3 +213,23 @@ def test_repeats_use_disjoint_seeds():
         [110, 111, 112, 113, 114],
     ]
     assert protocol.classes(3) == [0, 1, 2, 0, 1]
+
+
+def test_threads_change_neither_the_images_nor_the_thread_count(finished_demo: Path):
+    net = load_network(finished_demo)
+    protocol = Protocol(images=30, num_steps=2, batch_size=8)
+    classes = torch.tensor(protocol.classes(10))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = generate_in_parallel(net, protocol, 1, classes)
+        torch.set_num_threads(3)
+        together = generate_in_parallel(net.train(), protocol, 1, classes)
+        assert torch.get_num_threads() == 3
+        assert net.training
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    expected = generate_images(net, protocol.seeds(1), classes, batch_size=30, num_steps=2)
+    # Another batch size sums in another order: a pixel may round to the next of 255 levels.
+    torch.testing.assert_close(together.int(), expected.int(), rtol=0, atol=1)
