@@ -168,7 +168,11 @@ class TensorFileWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self.temporary, self.path)
-        sync_directory(self.path.parent)
+        try:
+            sync_directory(self.path.parent)
+        except OSError:
+            self.path.unlink(missing_ok=True)  # what may vanish later shall not be seen now
+            raise
 
     def __enter__(self) -> TensorFileWriter:
         return self
