@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from posthoc_ema import (
+    EMA,
     CorruptSnapshotError,
     Snapshot,
     SnapshotError,
@@ -18,6 +20,7 @@ from posthoc_ema import (
     reconstruct,
 )
 from posthoc_ema.encoding import PageDigest
+from posthoc_ema.sinks import MemorySink
 from tests.faults.tools import (
     damage,
     last_of,
@@ -94,6 +97,27 @@ def test_truncation_after_the_header_was_read_is_found(folder: Path) -> None:
         snapshot.read(list(snapshot.entries)[-1])
     with pytest.raises(CorruptSnapshotError, match="truncated or damaged"):
         reconstruct(store, 0.07)
+
+
+def test_truncation_while_a_pass_is_under_way_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files are mapped: reading beyond their end would end the process with a bus error.
+    ema = EMA(sigma_rel=0.1, snapshots=tmp_path)
+    for step in range(3):
+        ema.update({"w": np.full(700_000, step, np.float32)})  # three blocks
+        ema.snapshot()
+    path = SnapshotStore(tmp_path).list()[1].path
+    original = MemorySink.write
+
+    def write_and_truncate(self: MemorySink, start: int, block: Any) -> None:
+        original(self, start, block)
+        os.truncate(path, 100_000)
+
+    monkeypatch.setattr(MemorySink, "write", write_and_truncate)
+    with pytest.raises(CorruptSnapshotError, match="truncated while it was read") as caught:
+        reconstruct(tmp_path, 0.07)
+    assert str(path) in str(caught.value)
 
 
 def test_messages_say_what_to_do(folder: Path) -> None:
@@ -185,8 +209,6 @@ def test_predicting_an_error_checks_headers(folder: Path) -> None:
 
 def large_payload(folder: Path) -> tuple[Path, int, int]:
     """A file with 40 pages of data: its path, first byte and number of bytes."""
-    from posthoc_ema import EMA
-
     ema = EMA(sigma_rel=0.1, snapshots=folder)
     rng = np.random.default_rng(0)
     ema.update({"w": rng.normal(size=40_960).astype(np.float32)})
