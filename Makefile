@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_DIR ?= /var/tmp/posthoc-ema-bench
 
 # Two processes on two cores: spinning threads would wait for each other.
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo test test-all lint bench bench-peers clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +33,16 @@ lint: $(STAMP) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-peers: $(STAMP) ## Install other EMA libraries into benchmarks/.peers, for comparison only.
+	$(BIN)/python -m benchmarks.peers
+
+# The threads wait as in a training process: passive waiting would cost each update wake-ups.
+bench: $(STAMP) ## Run all benchmarks (a quiet machine, half an hour, 60 GB in BENCH_DIR).
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.tracker_overhead
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.reconstruct_throughput --dir $(BENCH_DIR)
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.snapshot_writing
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.solve_conditioning
 
 clean: ## Remove what make created.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -187,6 +187,10 @@ class EMA:
         """
         if self._store is None:
             raise StateError("this EMA keeps no snapshots; give EMA(snapshots=folder)")
+        if self._pending is not None:
+            raise StateError(
+                "a snapshot holds buffers too, which come with the model: call update first"
+            )
         tracker = self._bound()
         self._require_update()
         if not self._claimed:
@@ -323,6 +327,11 @@ class EMA:
                 f"the state has the tracks {profiles}, this EMA {self._profiles}; make the EMA "
                 "with the same sigma_rel"
             )
+        if str(state["unit"]) != self._unit:
+            raise ValueError(
+                f"the state counts {state['unit']}, this EMA {self._unit}; make the EMA with "
+                f"unit={str(state['unit'])!r}"
+            )
         # Copies: the state stays the caller's own, whatever becomes of these.
         averages = [{n: copy(v) for n, v in track.items()} for track in state["averages"]]
         t = _number(state["t"])
@@ -336,7 +345,7 @@ class EMA:
         else:
             self._tracker, self._pending = None, averages or None
         # Numbers may come back as arrays of no dimension from numpy files.
-        self._run_id, self._unit, self._t = str(state["run_id"]), str(state["unit"]), t
+        self._run_id, self._t = str(state["run_id"]), t
         self._t_first, self._clock = _number(state["t_first"]), _number(state["clock"])
         counts_steps = state["counts_steps"]
         self._counts_steps = None if counts_steps is None else bool(counts_steps)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 SAMPLE_SIZE = 1 << 16
 """Weights sampled from each snapshot (all, if there are fewer)."""
 
-_SAMPLE_BYTES = 96 << 20  # of all snapshots together: with many, fewer weights of each
+_SAMPLE_BYTES = 32 << 20  # of all snapshots together: with many, fewer weights of each
 _RUN = 512  # weights read in one piece: neighbours cost nothing once the disk has been asked
+_GAP, _READ = 1 << 14, 1 << 20  # bytes between pieces that one read joins, and at most of it
 _MIN_SAMPLE = 64
 # Averages live in float32 (or float64), so even exact storage leaves them this uncertain
 # (variance, relative to the mean square).
@@ -145,18 +146,39 @@ def sample_weights(
     out = np.empty((len(snapshots), count), np.float64 if double else np.float32)
     for row, snapshot in zip(out, snapshots, strict=True):
         with snapshot.opened() as file:
-            done = 0
-            for name, first, length in pieces:
-                entry = snapshot.entries[name]
-                width = ITEM_SIZE[entry.dtype]
-                raw = np.empty(length * width, np.uint8)
-                snapshot.read_bytes(file, entry.offset + first * width, raw)
-                if not all_finite(raw, entry.dtype):
-                    snapshot.verify()  # damage shall be called damage
-                    raise NonFiniteError(
-                        f"{name!r} is not finite in {snapshot.path}, which holds NaN or infinity; "
-                        "delete such a snapshot to reconstruct from the others"
-                    )
-                decode_into(raw, entry.dtype, row[done : done + length])
-                done += length
+            _read_pieces(snapshot, file, pieces, row)
     return out, np.concatenate([*stands_for, np.empty(0)])
+
+
+def _read_pieces(
+    snapshot: Snapshot, file: int, pieces: Sequence[tuple[str, int, int]], row: NDArray[Any]
+) -> None:
+    """Fill a row with pieces of a file; those that lie close to each other in one read."""
+    places = []  # offset in the file, bytes, place in the row, type, name
+    done = 0
+    for name, first, length in pieces:
+        entry = snapshot.entries[name]
+        width = ITEM_SIZE[entry.dtype]
+        offset = entry.offset + first * width
+        places.append((offset, length * width, done, length, entry.dtype, name))
+        done += length
+    places.sort()
+    buffer, start, stop = np.empty(0, np.uint8), 0, 0
+    for k, (offset, size, place, length, dtype, name) in enumerate(places):
+        if offset + size > stop:
+            start = stop = offset
+            for later in places[k:]:
+                if later[0] - stop > _GAP or later[0] + later[1] - start > _READ:
+                    break
+                stop = later[0] + later[1]
+            stop = max(stop, offset + size)
+            buffer = np.empty(stop - start, np.uint8)
+            snapshot.read_bytes(file, start, buffer)
+        raw = buffer[offset - start : offset - start + size]
+        if not all_finite(raw, dtype):
+            snapshot.verify()  # damage shall be called damage
+            raise NonFiniteError(
+                f"{name!r} is not finite in {snapshot.path}, which holds NaN or infinity; "
+                "delete such a snapshot to reconstruct from the others"
+            )
+        decode_into(raw, dtype, row[place : place + length])

@@ -170,7 +170,7 @@ class SnapshotStore:
             for snapshot in snapshots:
                 if snapshot.path.parent != self.path:
                     raise SnapshotError(f"{snapshot.path} is not in {self.path}")
-                snapshot.path.unlink()
+                snapshot.path.unlink(missing_ok=True)
                 freed += snapshot.nbytes
             sync_directory(self.path)
         return freed

@@ -218,15 +218,17 @@ class _Kriging:
         x[:, j] = 1
         if not len(others):
             return x, 1.0
-        design = np.concatenate(
-            [rows[:, others] - rows[:, [j]], np.diag(sigma[others]), np.full((1, n - 1), -sigma[j])]
-        )
-        right = np.zeros((len(design), goal.shape[1]))
-        right[: len(rows)] = goal - rows[:, [j]]
+        # One array, filled in place: with a thousand inputs each copy of it counts.
+        system = np.zeros((len(rows) + n, n - 1 + goal.shape[1]))
+        design, right = system[:, : n - 1], system[:, n - 1 :]
+        np.subtract(rows[:, others], rows[:, [j]], out=design[: len(rows)])
+        design[len(rows) + np.arange(n - 1), np.arange(n - 1)] = sigma[others]
+        design[-1] = -sigma[j]
+        np.subtract(goal, rows[:, [j]], out=right[: len(rows)])
         right[-1] = -sigma[j]
-        scale = np.sqrt((design**2).sum(0))
+        scale = np.sqrt(np.einsum("ij,ij->j", design, design))
         scale[scale == 0] = 1  # a copy of input j, free of noise: nothing to choose
-        system = np.concatenate([design / scale, right], axis=1)
+        design /= scale
         triangle = np.asarray(np.linalg.qr(system, mode="r"))
         z, condition = _solve_triangle(triangle[: n - 1, : n - 1], triangle[: n - 1, n - 1 :])
         z /= scale[:, None]

@@ -167,9 +167,11 @@ class _Reader:
     def blocks(self, run: _Run) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield the start of each block of a run and its ``[targets, m]`` combinations."""
         dtype = run.coefficients.dtype
-        size = _BLOCK * 4 // dtype.itemsize
+        # Few elements of many targets, to bound the memory of their block.
+        size = int(np.clip((1 << 20) // len(run.coefficients), 1 << 14, _BLOCK))
+        size = size // PageDigest.PAGE * PageDigest.PAGE * 4 // dtype.itemsize
         total = sum(entry.count for entry in run.outputs)
-        buffer = self._rows.view(dtype).reshape(_TOGETHER + 1, size)
+        buffer = self._rows.view(dtype).reshape(_TOGETHER + 1, -1)
         for start in range(0, total, size):
             count = min(size, total - start)
             base, rows = buffer[0, :count], buffer[1:, :count]

@@ -172,7 +172,8 @@ class JaxTracker(Tracker):
                     f"{name} is being traced: EMA.update runs outside jit. Inside, use init and "
                     "update of posthoc_ema.trackers.jax"
                 )
-        return leaves
+        # JAX may read numpy arrays later, when the caller has changed them: copy.
+        return {n: np.array(x) if isinstance(x, np.ndarray) else x for n, x in leaves.items()}
 
 
 def _flatten(model: Any) -> tuple[list[tuple[str, Any]], Any]:

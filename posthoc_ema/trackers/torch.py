@@ -110,8 +110,10 @@ class TorchTracker(Tracker):
             binding = bind(model, self._select)
             check_specs(self.specs, binding.specs)
             self._model = model
-        if binding is not self._binding or binding.layout() != self._layout:
+        if binding is self._binding and not binding.is_in_place():
             check_specs(self.specs, binding.current_specs())
+            binding = bind(model, self._select)
+        if binding is not self._binding:
             self._binding = binding
             self._plan()
 
@@ -229,7 +231,6 @@ class TorchTracker(Tracker):
 
     def _plan(self) -> None:
         """Cut the work of an update into pieces; holds until a tensor moves in memory."""
-        self._layout = self._binding.layout()
         self._pieces: list[_Piece] = []
         self._gathered: list[str] = []
         for pool in self._pools:

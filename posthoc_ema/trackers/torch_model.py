@@ -45,24 +45,25 @@ class Binding:
 
     def __post_init__(self) -> None:
         self._averaged = [self.tensors[spec.name] for spec in self.specs if spec.averaged]
+        self._as_bound = [tensor.detach() for tensor in self._averaged]
+        self._views = [holder.values() for holder in self.holders]  # live, without a walk
 
     def is_current(self) -> bool:
         """Whether the module still holds the very same parameters and submodules."""
-        found = list(chain.from_iterable(holder.values() for holder in self.holders))
-        return len(found) == len(self.held) and all(map(is_, found, self.held))
+        if sum(map(len, self._views)) != len(self.held):
+            return False
+        return all(map(is_, chain.from_iterable(self._views), self.held))
+
+    def is_in_place(self) -> bool:
+        """Whether all averaged tensors have the storage, shape and strides they were bound with.
+
+        One of them changes when ``.data`` is replaced.
+        """
+        return all(map(torch.Tensor.is_set_to, self._averaged, self._as_bound))
 
     def current_specs(self) -> list[TensorSpec]:
         """The specs with the shapes of this moment: ``.data`` may have been replaced."""
         return [replace(s, shape=tuple(self.tensors[s.name].shape)) for s in self.specs]
-
-    def layout(self) -> list[Any]:
-        """Addresses, shapes and strides: one changes when ``.data`` is replaced."""
-        tensors = self._averaged
-        return [
-            *map(torch.Tensor.data_ptr, tensors),
-            *map(torch.Tensor.size, tensors),
-            *map(torch.Tensor.stride, tensors),
-        ]
 
     def is_lazy(self, name: str) -> bool:
         """Whether memory holds the conjugate or negative of the values."""
@@ -93,7 +94,7 @@ def bind(model: Any, select: Selection, first: bool = False) -> Binding:
             continue
         _check_tensor(name, tensor)
         known = names.setdefault(id(tensor), name)
-        if known != name:
+        if known != name and isinstance(model, torch.nn.Module):  # in mappings, names alone count
             aliases[name] = known
             continue
         tensors[name] = tensor
@@ -129,8 +130,9 @@ def restored(model: Any, changed: Sequence[torch.Tensor]) -> Iterator[None]:
     """
     modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
     modes = [module.training for module in modules]
-    places = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers)]
-    everything = {id(t): t for _, held in places for t in held.values() if t is not None}
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    everything = {id(tensor): tensor for tensor in tensors if tensor is not None}
+    places = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers, m._modules)]
     everything.update({id(tensor): tensor for tensor in changed})
     copied = {id(tensor) for tensor in changed}
     storages = [(tensor, tensor.detach()) for tensor in everything.values()]

@@ -12,7 +12,7 @@ from import_graph import foreign_imports, layer_violations, private_imports
 LAYERS = [
     ["errors", "quadrature"],
     ["conversion", "encoding"],
-    ["profiles", "arrays", "tensorfile"],
+    ["profiles", "arrays", "tensorfile", "kernels"],
     ["schedule", "movement", "snapshot_file"],
     ["solve", "snapshots", "evidence", "streaming", "sinks", "request", "trackers.base"],
     ["reconstruct", "trackers.numpy", "trackers.torch_model", "trackers.__init__"],
