@@ -533,7 +533,9 @@ class Recording(TorchDispatchMode):
 def kernels_of(action: Callable[[], object]) -> list[str]:
     with Recording() as recording:
         action()
-    return [name for name in recording.calls if "detach" not in name]
+    # Views, and looks at where a tensor lies, start nothing.
+    idle = ("aten.detach", "aten.is_set_to")
+    return [name for name in recording.calls if not name.startswith(idle)]
 
 
 SYNCHRONISING = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
@@ -557,6 +559,8 @@ def test_small_tensors_are_gathered_into_few_kernels() -> None:
         ema.update(model)
     # 500,000 values: four blocks with a lerp for each track, and the copies that fill them.
     calls = kernels_of(lambda: ema.update(model))
+    # is_set_to only compares where tensors lie: no kernel runs.
+    calls = [name for name in calls if "is_set_to" not in name]
     assert sum("lerp" in name for name in calls) == 8
     assert len(calls) < 50, Counter(calls)
 
