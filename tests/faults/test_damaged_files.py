@@ -197,6 +197,20 @@ def test_damage_that_is_never_used_is_not_looked_for(folder: Path) -> None:
         store.verify()
 
 
+def test_checks_can_be_left_out_of_the_data_not_of_the_header(folder: Path) -> None:
+    snapshot = last_of(folder)
+    damage(snapshot.path, snapshot.entries["v"].offset, 1)
+    for unchecked in ({"verify": False}, {"names": "v"}):
+        reconstruct(folder, 0.07, **unchecked)
+    with pytest.raises(CorruptSnapshotError):
+        reconstruct(folder, 0.07)
+    damage(snapshot.path, snapshot.entries["v"].offset, 1)
+    damage(snapshot.path, 50, 1)
+    for unchecked in ({"verify": False}, {"names": "v"}):
+        with pytest.raises(SnapshotError, match=re.escape(str(snapshot.path))):
+            reconstruct(folder, 0.07, **unchecked)
+
+
 def test_predicting_an_error_checks_headers(folder: Path) -> None:
     snapshot = last_of(folder)
     damage(snapshot.path, 40, 0x10)

@@ -149,6 +149,14 @@ def _replace_buffer(net: Net) -> None:
     net.norm.running_mean = torch.full((4,), 9.0)
 
 
+def _replace_submodule(net: Net) -> None:
+    net.last = nn.Identity()  # as people do to get features
+
+
+def _add_submodule(net: Net) -> None:
+    net.extra = nn.Linear(2, 2)
+
+
 def _halve(net: Net) -> None:
     net.half()
 
@@ -167,6 +175,8 @@ def _widen(net: Net) -> None:
         _replace_data,
         _replace_parameter,
         _replace_buffer,
+        _replace_submodule,
+        _add_submodule,
         _halve,
         _widen,
     ],

@@ -114,6 +114,17 @@ def test_many_changes_are_counted_not_listed() -> None:
         ema.update({f"v{k}": np.ones(1) for k in range(20)})
 
 
+def test_in_mappings_one_tensor_may_have_two_names_for_a_while(ones: Any) -> None:
+    # Zeros shared at the start are no tied weights: in a mapping names alone count.
+    shared = ones(2)
+    ema = EMA(sigma_rel=0.1)
+    ema.update({"a": shared, "b": shared})
+    ema.update({"a": ones(2) * 3, "b": ones(2) * 5})
+    ema.update({"a": shared, "b": shared})
+    assert tracked(ema) == {"a", "b"}
+    assert float(ema.average()["a"][0]) != float(ema.average()["b"][0])
+
+
 def test_names_that_collide_are_refused(ones: Any) -> None:
     with pytest.raises(StructureError, match=r"both called 'a\.b'"):
         EMA(sigma_rel=0.1).update({"a": {"b": ones(1)}, "a.b": ones(1)})
