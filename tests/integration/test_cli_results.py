@@ -52,7 +52,8 @@ def test_reconstruct_writes_what_the_library_makes(run: Path, tmp_path: Path) ->
     expected = reconstruct(run, 0.07).state_dict()
     assert written.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_array_equal(written[name], values)
+        reason = "two targets at once are summed in another order, in float32"
+        assert_close(written[name], values, rtol=1e-5, atol=2e-6, reason=reason)
     assert written["steps"] == 320
     row = result.stdout.splitlines()[-1].split()
     assert row[0] == "out/sigma_rel=0.07.safetensors"
