@@ -102,10 +102,14 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def plus_minus(value: float, error: float) -> str:
-    """A number with its standard error, both to the error's second digit."""
+    """A number with its standard error, rounded where the error makes digits meaningless.
+
+    The error keeps two digits if it begins with 1 or 2, else one: 0.140 ± 0.012, 0.14 ± 0.05.
+    """
     if not math.isfinite(error) or error <= 0:
         return number(value)
-    decimals = max(0, 1 - math.floor(math.log10(error)))
+    exponent = math.floor(math.log10(error))
+    decimals = max(0, -exponent + (1 if error < 2.95 * 10.0**exponent else 0))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 

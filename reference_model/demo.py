@@ -44,7 +44,7 @@ class DemoPlan:
 FULL = DemoPlan(
     "digits",
     (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.10, 0.13, 0.16, 0.20, 0.25, 0.28),
-    Protocol(images=1000, repeats=3, num_steps=8, batch_size=500),
+    Protocol(images=1000, repeats=4, num_steps=8),
 )
 QUICK = DemoPlan(
     "digits-tiny",

@@ -98,7 +98,7 @@ def _digits(steps: int, batch_size: int, channels: int) -> TrainConfig:
             img_channels=1,
             label_dim=10,
             model_channels=channels,
-            channel_mult=(1, 3),
+            channel_mult=(1, 2),
             num_blocks=1,
             attn_resolutions=(4,),
             channels_per_head=16,
@@ -107,18 +107,18 @@ def _digits(steps: int, batch_size: int, channels: int) -> TrainConfig:
         batch_size=batch_size,
         total_nimg=steps * batch_size,
         ref_lr=0.03,
-        ref_batches=steps / 4,
-        rampup_nimg=steps // 10 * batch_size,
+        ref_batches=steps / 10,
+        rampup_nimg=steps // 20 * batch_size,
         P_mean=-1.0,
         P_std=1.4,
-        snapshot_nimg=steps // 25 * batch_size,
+        snapshot_nimg=max(steps // 50, 1) * batch_size,
         checkpoint_nimg=steps // 5 * batch_size,
         stats_nimg=10 * batch_size,
     )
 
 
 PRESETS = {
-    "digits": _digits(steps=500, batch_size=128, channels=16),
+    "digits": _digits(steps=1000, batch_size=128, channels=16),
     "digits-tiny": _digits(steps=25, batch_size=32, channels=8),
     **{f"edm2-img512-{size}": _edm2_img512(*row) for size, row in EDM2_IMG512.items()},
     **{f"edm2-img64-{size}": _edm2_img64(*row) for size, row in EDM2_IMG64.items()},

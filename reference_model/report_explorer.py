@@ -41,8 +41,9 @@ def explorer(run: Run, record: SweepRecord) -> str:
 <output id="length-value" for="length">{record.best.sigma_rel:g}</output></span>
 <output id="length-about" for="length"></output></label>
 <input type="range" id="length" min="0" max="{len(averages) - 1}" step="1" value="{index}">
-<div class="ends" aria-hidden="true"><span>{shortest:g} · short</span>
-<span>long · {longest:g}</span></div></div>"""
+<div class="ends"><span aria-hidden="true">{shortest:g} · short</span>
+<label class="toggle"><input type="checkbox" id="bright"> brighten dark pixels</label>
+<span aria-hidden="true">long · {longest:g}</span></div></div>"""
     if len(averages) < 2:
         control = ""
     pictures = samples(run, record, index)

@@ -77,8 +77,8 @@ def headline(record: SweepRecord) -> str:
     if gain > 2 * error:
         ratio = number(raw.distance / best.distance, 2)
         return (
-            f"The best average of these weights is {ratio} times better than the weights "
-            "themselves. Its length was chosen after training."
+            f"The best average of this run’s weights makes images {ratio} times closer to real "
+            "ones than the raw weights do. Its length was chosen after training."
         )
     if gain < -2 * error:
         return "On this run, raw weights beat every average measured"

@@ -8,7 +8,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from reference_model.charts import Chart, Scale, nice_range, number, superscript, tick_label
+from reference_model.charts import (
+    Chart,
+    Scale,
+    nice_range,
+    number,
+    plus_minus,
+    superscript,
+    tick_label,
+)
 
 
 def test_scales_map_their_ends_to_zero_and_one():
@@ -77,6 +85,20 @@ def test_nice_range_leaves_air_and_skips_what_cannot_be_drawn():
 )
 def test_numbers_read_as_a_person_would_write_them(value: float, digits: int, text: str):
     assert number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.14008, 0.0124, "0.140 ± 0.012"),
+        (0.14008, 0.0088, "0.140 ± 0.009"),
+        (12.754, 1.026, "12.8 ± 1.0"),
+        (1234.5, 56.0, "1234 ± 56"),
+        (0.5, math.nan, "0.500"),
+    ],
+)
+def test_errors_decide_on_the_digits(value: float, error: float, text: str):
+    assert plus_minus(value, error) == text
 
 
 def test_tick_labels_are_short():

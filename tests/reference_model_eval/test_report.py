@@ -164,7 +164,7 @@ def test_names_from_outside_cannot_become_markup(run_dir: Path):
 
 def test_the_headline_claims_no_more_than_the_measurements_carry():
     better = record_of([4.0, 4.2, 4.1], {0.1: [2.0, 2.1, 2.05], 0.2: [3.0, 3.1, 3.2]})
-    assert "2.0 times better" in headline(better)
+    assert "2.0 times closer to real ones" in headline(better)
     noisy = record_of([2.0, 2.4, 2.1], {0.1: [2.1, 2.2, 2.05]})
     assert "less than the measurement can resolve" in headline(noisy)
     worse = record_of([1.0, 1.1, 1.05], {0.1: [2.0, 2.1, 2.05]})
