@@ -327,10 +327,11 @@ class Chart:
 
     def svg(self, description: str) -> str:
         """The drawing, with a description for those who cannot see it."""
+        marks = "".join(self._parts)
+        role = "group" if "<a " in marks else "img"  # links inside an image could not be reached
         return (
             f'<svg viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
-            f'height="{self.height}" role="img" aria-label="{escape(description)}">'
-            f"{''.join(self._parts)}</svg>"
+            f'height="{self.height}" role="{role}" aria-label="{escape(description)}">{marks}</svg>'
         )
 
     def _line(self, x1: float, y1: float, x2: float, y2: float, style: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from reference_model.checkpoint import write_atomically
 from reference_model.data import encode_pixels
 
 
@@ -199,15 +199,14 @@ def cached_classifier(
     if path.exists():
         return _load(path, config), digest
     model = train_classifier(config, images, labels, progress=progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "config": asdict(config),
         "in_channels": int(images.shape[1]),
         "num_classes": int(labels.max()) + 1,
     }
-    partial = path.with_suffix(".partial")
-    save_file(model.state_dict(), partial, metadata={"about": json.dumps(about, sort_keys=True)})
-    os.replace(partial, path)
+    content = save(model.state_dict(), metadata={"about": json.dumps(about, sort_keys=True)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(content))
     return model, digest
 
 
