@@ -170,7 +170,6 @@ def measure(case: Case, builds: int, with_peers: bool) -> dict[str, dict[str, An
         names = [name for name in CONTENDERS if with_peers or name in OWN]
         random.Random(build).shuffle(names)
         for name in names:
-            before = harness.anonymous_bytes()
             try:
                 step = CONTENDERS[name](model)
             except peers.NotInstalledError as error:
@@ -178,9 +177,7 @@ def measure(case: Case, builds: int, with_peers: bool) -> dict[str, dict[str, An
                 continue
             for _ in range(3):
                 step()
-            held = harness.anonymous_bytes() - before
-            extra = harness.extra_memory(step)
-            results[name] = {"held_bytes": held, "extra_bytes": extra}
+            results[name] = {"extra_bytes": harness.extra_memory(step)}
             steps[name] = step
         for name, times in harness.interleave(steps, case.rounds, seed=build).items():
             seconds.setdefault(name, []).extend(times)
@@ -199,7 +196,7 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]], bars: bool
     rows = []
     for contender, result in results.items():
         if "seconds" not in result:
-            rows.append([contender, "not installed", "", "", "", ""])
+            rows.append([contender, "not installed", "", "", ""])
             continue
         rows.append(
             [
@@ -207,11 +204,10 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]], bars: bool
                 f"{1e3 * statistics.median(result['seconds']):.2f}",
                 f"{result['times_floor']:.2f}",
                 f"{result['times_ours']:.2f}",
-                f"{result['held_bytes'] / harness.MB:.0f}",
                 f"{result['extra_bytes'] / harness.MB:.1f}",
             ]
         )
-    head = ["contender", "ms", "× floor", "× ours", "MB held", "MB during"]
+    head = ["contender", "ms", "× floor", "× ours", "MB of memory during"]
     lines = [f"\n{name}: {len(case.sizes)} tensors, {sum(case.sizes):,} values, {case.dtype}\n"]
     lines.append(harness.table(head, rows))
     if bars and name == "large":
