@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ from posthoc_ema import EMA, SnapshotStore
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc"
 )
+
+
+@pytest.fixture(autouse=True)
+def _remove_large_files(tmp_path: Path) -> Iterator[None]:
+    # pytest keeps the folders of its last three runs: these are gigabytes.
+    yield
+    shutil.rmtree(tmp_path)
+
 
 MB = 1 << 20
 LIMIT = 256 * MB  # beyond the outputs, as documented
