@@ -129,7 +129,8 @@ def test_reconstructions_are_compared_with_the_averages_training_kept(finished_d
         weights = reconstruct(finished_demo / "ema", sigma_rel=m.sigma_rel, framework="torch")
         error = relative_error(weights.state_dict(), tracked[m.sigma_rel])
         # One target sums in another order than four do: 1e-7 of the weights in an error of 1e-5.
-        assert error == pytest.approx(m.direct.error, rel=2e-2)
+        # Where rounding is all there is, it differs by its own size.
+        assert error == pytest.approx(m.direct.error, rel=2e-2, abs=2e-7)
         # A snapshot at every step: only float32 rounding is left at lengths in between.
         assert error < 1e-3
     # The check can fail: the averages of two lengths differ by much more than that.
