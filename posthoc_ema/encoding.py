@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from hashlib import blake2b
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,13 +92,13 @@ def decode_into(raw: NDArray[np.uint8], dtype: str, out: NDArray[Any]) -> None:
     """Convert stored bytes to floats.
 
     Args:
-        raw: ``[n * itemsize]`` bytes as read from the file.
+        raw: ``[..., n * itemsize]`` bytes as read from the file.
         dtype: Stored type: F64, F32, F16 or BF16.
-        out: ``[n]`` float32 or float64, overwritten.
+        out: ``[..., n]`` float32 or float64, overwritten.
     """
     if out.dtype != np.float32 or dtype in ("F32", "F64"):
         if dtype == "BF16":
-            single = np.empty(len(out), np.float32)
+            single = np.empty(out.shape, np.float32)
             decode_into(raw, dtype, single)
             np.copyto(out, single)
         else:
@@ -162,77 +161,59 @@ def numpy_dtype_name(dtype: np.dtype[Any]) -> str:
     raise TypeError(f"arrays of type {dtype} cannot be stored; convert it, or leave it out")
 
 
-if TYPE_CHECKING:
-    PageNumbers = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
+class Digest:
+    """Digest of a stretch of bytes, at the speed of memory, its pieces in any order.
 
-
-class PageDigest:
-    """Digest of a stream of bytes, at the speed of memory.
-
-    The bytes are cut into pages of 4 KiB; a BLAKE2b hash runs over one number for each page and
-    the total length. That number is the sum of the page's 1024 words of 4 bytes, taken as signed
-    integers, times 1, 3, 5, …, 2047. Float64 holds it exactly (it stays below 2⁵¹), so the
-    order of summation does not matter. A change within one word, any two flipped bits and any
-    two exchanged words of a page are found for certain; a hash of every byte would find more, and
-    take ten times as long as reading.
+    The bytes are cut into pieces of 512 KiB. The digest is XXH3-128 over the 64-bit XXH3 hashes of
+    the pieces, as little-endian integers, and the total length.
 
     Args:
-        numbers: Computes the numbers of whole pages; default :func:`page_numbers`.
+        size: Number of bytes.
     """
 
-    PAGE = 4096
+    PIECE = 1 << 19
 
-    def __init__(self, numbers: PageNumbers | None = None) -> None:
-        self._numbers = numbers or page_numbers
-        self._hash = blake2b(digest_size=8)
-        self._rest = np.empty(0, np.uint8)
-        self._length = 0
+    def __init__(self, size: int) -> None:
+        from xxhash import xxh3_64, xxh3_64_intdigest
+
+        self._size, self._start = size, xxh3_64
+        self._of_piece: Callable[[Any], int] = xxh3_64_intdigest
+        self._hashes: list[int | None] = [None] * -(-size // self.PIECE)
+        self._done, self._current = 0, xxh3_64()
 
     def update(self, data: NDArray[np.uint8]) -> None:
-        """Add contiguous bytes."""
-        self._length += len(data)
-        if len(self._rest):
-            take = min(self.PAGE - len(self._rest), len(data))
-            self._rest = np.concatenate([self._rest, data[:take]])
-            data = data[take:]
-            if len(self._rest) < self.PAGE:
-                return
-            self._add(self._rest)
-            self._rest = np.empty(0, np.uint8)
-        whole = len(data) - len(data) % self.PAGE
-        if whole:
-            self._add(data[:whole])
-        self._rest = data[whole:].copy()
+        """Add the bytes that follow those of the last call."""
+        taken = 0
+        while taken < len(data):
+            k, filled = divmod(self._done, self.PIECE)
+            part = data[taken : taken + self.PIECE - filled]
+            self._current.update(part.data)
+            taken, self._done = taken + len(part), self._done + len(part)
+            if self._done in (self._size, (k + 1) * self.PIECE):
+                self._hashes[k], self._current = self._current.intdigest(), self._start()
+
+    def add(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Add the whole pieces among the bytes from ``start`` on; from any thread."""
+        stop = start + len(data)
+        for k in range(-(-start // self.PIECE), len(self._hashes)):
+            first, last = k * self.PIECE, min((k + 1) * self.PIECE, self._size)
+            if last > stop:
+                break
+            self._hashes[k] = self._of_piece(data[first - start : last - start])
+
+    def missing(self) -> Iterator[tuple[int, int]]:
+        """First byte and size of each piece that was not added as a whole."""
+        for k, known in enumerate(self._hashes):
+            if known is None:
+                yield k * self.PIECE, min(self.PIECE, self._size - k * self.PIECE)
 
     def hexdigest(self) -> str:
-        """16 hexadecimal digits for all bytes so far."""
-        final = self._hash.copy()
-        padded = np.zeros(self.PAGE, np.uint8)
-        padded[: len(self._rest)] = self._rest
-        final.update(self._numbers(padded).astype("<i8").tobytes())
-        final.update(self._length.to_bytes(8, "little"))
-        return final.hexdigest()
-
-    def _add(self, pages: NDArray[np.uint8]) -> None:
-        self._hash.update(self._numbers(pages).astype("<i8").tobytes())
+        """32 hexadecimal digits; all pieces must have been added."""
+        return bytes_digest(np.array([*self._hashes, self._size], "<u8").tobytes())
 
 
-_MULTIPLIERS = np.arange(1.0, PageDigest.PAGE // 2, 2)
+def bytes_digest(data: bytes) -> str:
+    """XXH3-128 of a few bytes, as 32 hexadecimal digits."""
+    from xxhash import xxh3_128_hexdigest
 
-
-def page_numbers(pages: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """The number of each page, see :class:`PageDigest`; float64 holds it exactly.
-
-    Args:
-        pages: ``[n * 4096]`` contiguous bytes.
-    """
-    words = pages.view("<i4").reshape(-1, PageDigest.PAGE // 4)
-    numbers = np.empty(len(words))
-    # 64 pages stay in cache; as products of 8 by 1024 BLAS starts no threads for them.
-    double = np.zeros((64, words.shape[1]))
-    for start in range(0, len(words), 64):
-        part = words[start : start + 64]
-        np.copyto(double[: len(part)], part)
-        eights = double.reshape(-1, 8, words.shape[1])[: -(-len(part) // 8)]
-        numbers[start : start + 64] = (eights @ _MULTIPLIERS).ravel()[: len(part)]
-    return numbers
+    return xxh3_128_hexdigest(data)

@@ -23,6 +23,7 @@ _SAMPLE_BYTES = 32 << 20  # of all snapshots together: with many, fewer weights 
 _RUN = 512  # weights read in one piece: neighbours cost nothing once the disk has been asked
 _GAP, _READ = 1 << 14, 1 << 20  # bytes between pieces that one read joins, and at most of it
 _MIN_SAMPLE = 64
+_HUGE = 1e300
 # Averages live in float32 (or float64), so even exact storage leaves them this uncertain
 # (variance, relative to the mean square).
 _ROUNDING = {"F32": 2.0**-50, "F64": 2.0**-108}
@@ -75,26 +76,34 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
         noise = np.full(len(snapshots), _ROUNDING["F32"] * mean_square)
         return Evidence(movement, noise, 0.0, mean_square, (remark,))
 
-    sample = sample[:, moves]
-    weights = (weights[moves] / weights[moves].sum()).astype(sample.dtype)
+    sample = np.compress(moves, sample, axis=1)  # by rows in memory, unlike sample[:, moves]
+    root = np.sqrt(weights[moves] / weights[moves].sum()).astype(sample.dtype)
     remarks = []
     if sample.shape[1] < _MIN_SAMPLE:
         remarks.append(f"only {sample.shape[1]} weights: the predicted error is a rough guess")
     noise = np.array(
-        [_noise(s, _mean_square(row, weights)) for s, row in zip(snapshots, sample, strict=True)]
+        [_noise(s, _mean_square(row * root)) for s, row in zip(snapshots, sample, strict=True)]
     )
     inputs = [(float(s.t), s.profile) for s in snapshots]
     pairs = neighbours(np.array([t for t, _ in inputs]))
-    distances = np.array(
-        [_mean_square(sample[i] - sample[j], weights) for i, j in zip(*pairs, strict=True)]
-    )
+    distances = np.empty(len(pairs[0]))
+    difference = np.empty_like(root)
+    for k, (i, j) in enumerate(zip(*pairs, strict=True)):
+        np.subtract(sample[i], sample[j], out=difference)
+        difference *= root
+        distances[k] = _mean_square(difference)
     movement = fit_movement(inputs, pairs, distances, noise)
     return Evidence(movement, noise, share, mean_square, tuple(remarks))
 
 
-def _mean_square(values: NDArray[Any], weights: NDArray[Any]) -> float:
+def _mean_square(scaled: NDArray[Any]) -> float:
+    """Of values that were multiplied by the root of their weights."""
     # Not a BLAS product: its threads would spin on, and this is done for hundreds of pairs.
-    return float(np.einsum("i,i,i->", values, values, weights))
+    with np.errstate(over="ignore"):
+        square = float(np.einsum("i,i->", scaled, scaled))
+        if not np.isfinite(square):  # large only because of damage, which the pass will find
+            square = float(np.einsum("i,i->", scaled, scaled, dtype=np.float64, casting="safe"))
+    return min(square, _HUGE)
 
 
 def _noise(snapshot: Snapshot, mean_square: float) -> float:
@@ -153,32 +162,57 @@ def sample_weights(
 def _read_pieces(
     snapshot: Snapshot, file: int, pieces: Sequence[tuple[str, int, int]], row: NDArray[Any]
 ) -> None:
-    """Fill a row with pieces of a file; those that lie close to each other in one read."""
-    places = []  # offset in the file, bytes, place in the row, type, name
-    done = 0
-    for name, first, length in pieces:
-        entry = snapshot.entries[name]
-        width = ITEM_SIZE[entry.dtype]
-        offset = entry.offset + first * width
-        places.append((offset, length * width, done, length, entry.dtype, name))
-        done += length
-    places.sort()
-    buffer, start, stop = np.empty(0, np.uint8), 0, 0
-    for k, (offset, size, place, length, dtype, name) in enumerate(places):
-        if offset + size > stop:
-            start = stop = offset
-            for later in places[k:]:
-                if later[0] - stop > _GAP or later[0] + later[1] - start > _READ:
-                    break
-                stop = later[0] + later[1]
-            stop = max(stop, offset + size)
-            buffer = np.empty(stop - start, np.uint8)
-            snapshot.read_bytes(file, start, buffer)
-        raw = buffer[offset - start : offset - start + size]
+    """Fill a row with pieces of a file, each of a tensor's elements from one on."""
+    entries = [snapshot.entries[name] for name, _, _ in pieces]
+    ends = np.cumsum([length for _, _, length in pieces])
+    for dtype in {entry.dtype for entry in entries}:
+        chosen = [k for k, entry in enumerate(entries) if entry.dtype == dtype]
+        # Their order in memory is that of the row, whatever that in the file.
+        places, size, width = [], 0, ITEM_SIZE[dtype]
+        for k in chosen:
+            _, first, length = pieces[k]
+            places.append((entries[k].offset + first * width, size, length * width))
+            size += length * width
+        raw = np.empty(size, np.uint8)
+        _read_places(snapshot, file, sorted(places), raw)
         if not all_finite(raw, dtype):
             snapshot.verify()  # damage shall be called damage
+            bad = [
+                k
+                for (_, at, n), k in zip(places, chosen, strict=True)
+                if not all_finite(raw[at : at + n], dtype)
+            ]
             raise NonFiniteError(
-                f"{name!r} is not finite in {snapshot.path}, which holds NaN or infinity; "
-                "delete such a snapshot to reconstruct from the others"
+                f"{pieces[bad[0]][0]!r} is not finite in {snapshot.path}, which holds NaN or "
+                "infinity; delete such a snapshot to reconstruct from the others"
             )
-        decode_into(raw, dtype, row[place : place + length])
+        if len(chosen) == len(pieces):
+            decode_into(raw, dtype, row)
+            continue
+        values = np.empty(size // width, row.dtype)
+        decode_into(raw, dtype, values)
+        for (_, at, n), k in zip(places, chosen, strict=True):
+            row[ends[k] - n // width : ends[k]] = values[at // width : (at + n) // width]
+
+
+def _read_places(
+    snapshot: Snapshot, file: int, places: Sequence[tuple[int, int, int]], out: NDArray[np.uint8]
+) -> None:
+    """Read (offset in the file, place in ``out``, bytes); those close to each other in one go."""
+    k = 0
+    while k < len(places):
+        start = stop = places[k][0]
+        together = k
+        for offset, _, size in places[k:]:
+            if together > k and (offset - stop > _GAP or offset + size - start > _READ):
+                break
+            stop, together = offset + size, together + 1
+        if together == k + 1:
+            _, at, size = places[k]
+            snapshot.read_bytes(file, start, out[at : at + size])
+        else:
+            buffer = np.empty(stop - start, np.uint8)
+            snapshot.read_bytes(file, start, buffer)
+            for offset, at, size in places[k:together]:
+                out[at : at + size] = buffer[offset - start : offset - start + size]
+        k = together

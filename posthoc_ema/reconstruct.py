@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_framework
-from posthoc_ema.encoding import PageDigest
+from posthoc_ema.encoding import Digest
 from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.profiles import Profile, as_profile
 from posthoc_ema.request import (
@@ -298,7 +298,7 @@ def _result(
 
 def _read_copies(snapshot: Snapshot) -> list[CopySource]:
     """Buffers and integer tensors, checked against their digest."""
-    copies, digest = [], PageDigest()
+    copies, digest = [], Digest(snapshot.section_size("copies"))
     with snapshot.opened() as file:
         for name in snapshot.copies:
             entry = snapshot.entries[name]

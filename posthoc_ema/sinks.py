@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,10 @@ class FileSink:
         self._paths, self._metadata, self._max = paths, metadata, max_shard_bytes
         self._copies = {copy.name: copy for copy in copies}
         self._shards: list[list[TensorEntry]] = []
-        self._pending: list[tuple[int, TensorEntry]] = []
+        self._shard_of: dict[str, int] = {}
         self._writers: list[list[TensorFileWriter]] = []
         self._stack = ExitStack()
-        self._current = 0
+        self._run = ""
 
     def __enter__(self) -> FileSink:
         return self
@@ -93,7 +94,7 @@ class FileSink:
                 size = 0
             self._shards[-1].append(entry)
             size += entry.nbytes
-        self._pending = [(k, e) for k, shard in enumerate(self._shards) for e in shard]
+        self._shard_of = {e.name: k for k, shard in enumerate(self._shards) for e in shard}
         for path, metadata in zip(self._paths, self._metadata, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._writers.append(
@@ -102,27 +103,27 @@ class FileSink:
                     for shard_path, shard in zip(self._names(path), self._shards, strict=True)
                 ]
             )
-        neighbours = zip(self._pending, self._pending[1:], strict=False)
+        order = [entry for shard in self._shards for entry in shard]
         return frozenset(
-            b.name for (i, a), (j, b) in neighbours if i != j or a.name in self._copies
+            b.name
+            for a, b in pairwise(order)
+            if self._shard_of[a.name] != self._shard_of[b.name] or a.name in self._copies
         )
 
     def start(self, outputs: Sequence[TensorEntry]) -> None:
-        """Write the buffers that come before, and pass to the right shard."""
-        self._write_copies()
-        for entry in outputs:
-            self._current, expected = self._pending.pop(0)
-            if expected.name != entry.name:
-                raise RuntimeError(f"expected {expected.name}, got {entry.name}")
+        """Find the place of the run in its shard."""
+        self._run = outputs[0].name
 
     def write(self, start: int, block: NDArray[Any]) -> None:
-        """Append one block to each target's file."""
+        """Write one block to each target's file."""
         for writers, values in zip(self._writers, block, strict=True):
-            writers[self._current].write(np.ascontiguousarray(values))
+            writers[self._shard_of[self._run]].write_into(self._run, start, values)
 
     def commit(self) -> None:
         """Make all files visible, the index last."""
-        self._write_copies()
+        for copy in self._copies.values():
+            for writers in self._writers:
+                writers[self._shard_of[copy.name]].write_into(copy.name, 0, copy.data)
         for path, metadata, writers in zip(self._paths, self._metadata, self._writers, strict=True):
             for writer in writers:
                 writer.commit(dict(metadata))
@@ -136,12 +137,6 @@ class FileSink:
     def files(self, target: int) -> list[Path]:
         """The files of one target, without the index."""
         return self._names(self._paths[target])
-
-    def _write_copies(self) -> None:
-        while self._pending and self._pending[0][1].name in self._copies:
-            shard, entry = self._pending.pop(0)
-            for writers in self._writers:
-                writers[shard].write(self._copies[entry.name].data)
 
     def _names(self, path: Path) -> list[Path]:
         number = len(self._shards)

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ import numpy as np
 
 from posthoc_ema.encoding import (
     ITEM_SIZE,
-    PageDigest,
+    Digest,
     as_numpy,
+    bytes_digest,
     check_encoding,
     decode_into,
     encode,
@@ -44,8 +45,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
-_CHUNK_BYTES = 4 << 20
-_NO_DIGEST = "0" * 16
+_NO_DIGEST = "0" * 32
 _AVERAGE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -199,21 +199,49 @@ class Snapshot:
         Raises:
             CorruptSnapshotError: If a byte changed or is missing.
         """
-        buffer = np.empty(_CHUNK_BYTES, np.uint8)
-        with self.opened() as file:
-            for part, names in (("averages", [*self.averages]), ("copies", self.copies)):
-                digest, members = PageDigest(), set(names)
-                for entry in self.entries.values():
-                    if entry.name not in members:
-                        continue
-                    for start in range(0, entry.nbytes, _CHUNK_BYTES):
-                        piece = buffer[: min(_CHUNK_BYTES, entry.nbytes - start)]
-                        self.read_bytes(file, entry.offset + start, piece)
-                        digest.update(piece)
-                        progress(len(piece))
-                self.check_digest(part, digest)
+        for part in ("averages", "copies"):
+            digest = Digest(self.section_size(part))
+            self.add_missing(part, digest, progress)
+            self.check_digest(part, digest)
 
-    def check_digest(self, part: str, digest: PageDigest) -> None:
+    def section_offsets(self, part: str) -> dict[str, int]:
+        """First byte of each tensor among all the ``"averages"`` or ``"copies"`` of the file."""
+        offsets, done = {}, 0
+        for name, entry in self.entries.items():
+            if (name in self.averages) == (part == "averages"):
+                offsets[name] = done
+                done += entry.nbytes
+        return offsets
+
+    def section_size(self, part: str) -> int:
+        """Bytes of all ``"averages"`` or ``"copies"``."""
+        return sum(self.entries[name].nbytes for name in self.section_offsets(part))
+
+    def add_missing(
+        self, part: str, digest: Digest, progress: Callable[[int], object] = lambda nbytes: None
+    ) -> None:
+        """Read what a digest has not seen yet.
+
+        Raises:
+            CorruptSnapshotError: If a byte is missing.
+        """
+        offsets = self.section_offsets(part)
+        names, starts = list(offsets), list(offsets.values())
+        with self.opened() as file:
+            for start, size in digest.missing():
+                piece = np.empty(size, np.uint8)
+                # From the tensor in which the piece begins to that in which it ends.
+                k, filled = bisect_right(starts, start) - 1, 0
+                while filled < size:
+                    entry = self.entries[names[k]]
+                    skip = start + filled - starts[k]
+                    part_size = min(entry.nbytes - skip, size - filled)
+                    self.read_bytes(file, entry.offset + skip, piece[filled : filled + part_size])
+                    filled, k = filled + part_size, k + 1
+                digest.add(start, piece)
+                progress(size)
+
+    def check_digest(self, part: str, digest: Digest) -> None:
         """Compare a digest of the ``"averages"`` or ``"copies"`` with the stored one."""
         if digest.hexdigest() != self.digests[part]:
             raise CorruptSnapshotError(
@@ -299,7 +327,10 @@ def write_snapshot(
     longest = {**size, "rounding_square": -1.2345678901234567e-300}
     sources = {source.name: source for source in averages}
     copied = {source.name: source for source in copies}
-    digests = {"averages": PageDigest(), "copies": PageDigest()}
+    sizes = {"averages": 0, "copies": 0}
+    for entry in entries:
+        sizes["copies" if entry.name in copied else "averages"] += entry.nbytes
+    digests = {part: Digest(size) for part, size in sizes.items()}
     rounding = 0.0
     with TensorFileWriter(
         path, entries, {**identity, "statistics": longest, "digest": empty}
@@ -378,4 +409,4 @@ def _header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) 
     digest = {key: value for key, value in metadata["digest"].items() if key != "header"}
     table = [[e.name, e.dtype, *e.shape] for e in entries]
     text = canonical_json([{**metadata, "digest": digest}, table])
-    return blake2b(text.encode(), digest_size=8).hexdigest()
+    return bytes_digest(text.encode())

@@ -7,29 +7,31 @@ of all targets: memory does not depend on the size of the model or the number of
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from threading import local
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from posthoc_ema.encoding import ITEM_SIZE, PageDigest
-from posthoc_ema.errors import CorruptSnapshotError, NonFiniteError
-from posthoc_ema.kernels import Kernel, fastest_kernel
+from posthoc_ema.encoding import ITEM_SIZE, Digest, decode_into
+from posthoc_ema.errors import NonFiniteError
+from posthoc_ema.kernels import fastest_kernel
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_BLOCK = 1 << 18  # float32 elements taken of each file at once; whole pages of any type
-_TOGETHER = 8  # files whose blocks are in the cache together
-_STRETCH = 4 << 20
-_KEPT_OPEN = 128  # files kept mapped: systems allow so many; others are read block by block
+_BLOCK_BYTES = Digest.PIECE  # read of each file at once
+_TOGETHER = 16  # files whose blocks are read before they are multiplied
+_TILE = 1 << 16  # elements multiplied at once: decoded, those of all files stay in the cache
+_RESULTS = 1 << 21  # elements of all targets that a block may have
+_MAX_THREADS = 8
+_KEPT_OPEN = 128  # files: systems allow so many; others are opened block by block
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,10 @@ class Sink(Protocol):
         """The next run of tensors, of one type, follows as one sequence of blocks."""
 
     def write(self, start: int, block: NDArray[Any]) -> None:
-        """``[targets, m]`` values from element ``start`` of the run on."""
+        """``[targets, m]`` values from element ``start`` of the run on; from any thread.
+
+        Rows are contiguous. The memory is used again afterwards.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +70,15 @@ class _Run:
     outputs: Sequence[TensorEntry]
     coefficients: NDArray[Any]
     copied: Sequence[tuple[int, int]]  # (target, file) where the target is that file's average
+    together: Sequence[Sequence[int]]  # all files but the reference, in groups of one type
     dtypes: Sequence[str]
-    offsets: Sequence[int]
+    offsets: Sequence[int]  # of its first byte in each file
+    sections: Sequence[int]  # the same, counted within all averages of the file
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return sum(entry.count for entry in self.outputs)
 
 
 def stream(
@@ -96,157 +108,136 @@ def stream(
     order = [name for name in used[0].entries if name in wanted]
     runs = _runs(used, groups, order, needed, sink)
 
-    kernel = fastest_kernel()
-    digests: list[PageDigest | None] = [None] * len(used)
-    if check:
-        for i, snapshot in enumerate(used):
-            if [n for n in snapshot.entries if n in snapshot.averages] == order:
-                # Read in the order of its bytes: checked on the way.
-                digests[i] = PageDigest(kernel.page_numbers)
-            else:
-                snapshot.verify()
-
-    with _Reader(used, digests, kernel) as reader:
+    digests = [Digest(snapshot.section_size("averages")) for snapshot in used] if check else []
+    with _Reader(used, digests) as reader:
         for run in runs:
             sink.start(run.outputs)
-            for start, block in reader.blocks(run):
-                # A sum is finite only if all of it is, and costs no temporary.
-                with np.errstate(invalid="ignore", over="ignore"):
-                    finite = np.isfinite(block.sum(dtype=np.float64))
-                if not finite:
-                    _raise_non_finite(used, run, start, block)
-                sink.write(start, block)
-                progress(sum(block.shape[1] * ITEM_SIZE[dtype] for dtype in run.dtypes))
-    for snapshot, digest in zip(used, digests, strict=True):
-        if digest is not None:
-            snapshot.check_digest("averages", digest)
+            for count in reader.combine(run, sink.write):
+                progress(count * sum(ITEM_SIZE[dtype] for dtype in run.dtypes))
+    for snapshot, digest in zip(used, digests, strict=check):
+        # Where files are laid out unlike each other, blocks cut some pieces in two.
+        snapshot.add_missing("averages", digest)
+        snapshot.check_digest("averages", digest)
 
 
 class _Reader:
-    """Combines the files block by block.
+    """Combines the files block by block, every block a task for one of several threads.
 
     One file is the reference R, and the sum runs over differences: R + Σ x_i (S_i - R). Weights
     that do not move come back exactly, and rounding is relative to the movement, not multiplied
-    by large coefficients of either sign. A block is taken from a few files at a time, so that
-    what was read and converted is still in the cache when it is multiplied.
+    by large coefficients of either sign. The order of the sum, and so the result, does not
+    depend on the number of threads.
     """
 
-    def __init__(
-        self,
-        snapshots: Sequence[Snapshot],
-        digests: Sequence[PageDigest | None],
-        kernel: Kernel,
-    ) -> None:
-        self._snapshots, self._digests, self._kernel = snapshots, digests, kernel
-        self._reference = len(snapshots) - 1
-        others = [i for i in range(len(snapshots)) if i != self._reference]
-        self._groups = [others[k : k + _TOGETHER] for k in range(0, len(others), _TOGETHER)]
-        self._threads = min(os.cpu_count() or 1, _TOGETHER)
+    def __init__(self, snapshots: Sequence[Snapshot], digests: Sequence[Digest]) -> None:
+        self._snapshots, self._digests = snapshots, digests
+        self._reference = len(snapshots) - 1  # and together, in a run, leaves out that one
+        self._kernel = fastest_kernel()
+        self._buffers = local()
         self._stack = ExitStack()
-        self._maps: list[tuple[mmap.mmap, NDArray[np.uint8]]] = []
-        self._rows = np.empty((_TOGETHER + 1) * _BLOCK, np.float32)
-        self._raw = [np.empty(0, np.uint8) for _ in range(self._threads)]
+        self._files: list[int] = []
 
     def __enter__(self) -> _Reader:
         from concurrent.futures import ThreadPoolExecutor  # slow to import
 
-        self._stack.callback(self._kernel.leave)
-        self._pool = self._stack.enter_context(
-            ThreadPoolExecutor(self._threads, initializer=self._kernel.enter_thread)
-        )
-        for snapshot in self._snapshots[:_KEPT_OPEN]:
-            with snapshot.opened() as file:
-                # Private, so that arrays on it count as writable; nothing writes.
-                mapped = mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
-            self._maps.append((mapped, np.frombuffer(mapped, np.uint8)))
+        threads = min(_usable_cores(), _MAX_THREADS)
+        with ExitStack() as stack:
+            stack.callback(self._kernel.leave)
+            self._files = [
+                stack.enter_context(snapshot.opened()) for snapshot in self._snapshots[:_KEPT_OPEN]
+            ]
+            self._pool = stack.enter_context(
+                ThreadPoolExecutor(threads, initializer=self._kernel.enter_thread)
+            )
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        self._pool.shutdown(cancel_futures=True)
         return self._stack.__exit__(*error)
 
-    def blocks(self, run: _Run) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Yield the start of each block of a run and its ``[targets, m]`` combinations."""
-        dtype = run.coefficients.dtype
-        # Few elements of many targets, to bound the memory of their block.
-        size = int(np.clip((1 << 20) // len(run.coefficients), 1 << 14, _BLOCK))
-        size = size // PageDigest.PAGE * PageDigest.PAGE * 4 // dtype.itemsize
-        total = sum(entry.count for entry in run.outputs)
-        buffer = self._rows.view(dtype).reshape(_TOGETHER + 1, -1)
-        for start in range(0, total, size):
-            count = min(size, total - start)
-            base, rows = buffer[0, :count], buffer[1:, :count]
-            exact: dict[int, NDArray[Any]] = {}
-            self._each(partial(self._fill, run, [self._reference], start, None, [base], exact))
-            out = np.repeat(base[None], len(run.coefficients), axis=0)
-            for files in self._groups:
-                part = rows[: len(files)]
-                self._each(partial(self._fill, run, files, start, base, part, exact))
-                factors = np.ascontiguousarray(run.coefficients[:, files])
-                self._each(partial(self._accumulate, out, factors, part))
+    def combine(self, run: _Run, write: Callable[[int, NDArray[Any]], None]) -> Iterator[int]:
+        """Write all blocks of the results; yield the number of elements of each that is done."""
+        targets = len(run.coefficients)
+        smallest = min(ITEM_SIZE[dtype] for dtype in run.dtypes)
+        size = min(_BLOCK_BYTES // smallest, max(_RESULTS // targets, 1 << 12))
+        size = 1 << (size.bit_length() - 1)  # whole pieces of files, or whole fractions of them
+        # The first block ends where a piece does.
+        first = run.sections[self._reference] // smallest % size
+        starts = [0, *range(size - first, run.count, size)]
+        stops = [*starts[1:], run.count]
+        yield from self._pool.map(partial(self._combine, run, write), starts, stops)
+
+    def _combine(
+        self, run: _Run, write: Callable[[int, NDArray[Any]], None], start: int, stop: int
+    ) -> int:
+        """One block of the results."""
+        count, dtype = stop - start, run.coefficients.dtype
+        base = np.empty(count, dtype)
+        stored = self._read(run, [self._reference], start, count)
+        decode_into(stored[0], run.dtypes[self._reference], base)
+        out = self._buffer("out", len(run.coefficients) * count * dtype.itemsize)
+        out = out.view(dtype).reshape(len(run.coefficients), count)
+        out.fill(0)
+        exact = [(t, base) for t, i in run.copied if i == self._reference]
+        for files in run.together:
+            stored_as = run.dtypes[files[0]]
+            item = ITEM_SIZE[stored_as]
+            stored = self._read(run, files, start, count)
+            factors = np.ascontiguousarray(run.coefficients[:, files])
+            for left in range(0, count, _TILE):
+                right = min(left + _TILE, count)
+                tile = stored[:, left * item : right * item]
+                rows = self._buffer("rows", len(files) * (right - left) * dtype.itemsize)
+                rows = rows.view(dtype).reshape(len(files), right - left)
+                self._kernel.differences(tile, stored_as, base[left:right], rows)
+                self._kernel.accumulate(out[:, left:right], factors, rows)
             for target, i in run.copied:
-                out[target] = exact[i]
-            yield start, out
-
-    def _each(self, task: Callable[[int], None]) -> None:
-        """Run a task in every thread; its exceptions surface here."""
-        list(self._pool.map(task, range(self._threads)))
-
-    def _fill(
-        self,
-        run: _Run,
-        files: Sequence[int],
-        start: int,
-        base: NDArray[Any] | None,
-        rows: Sequence[NDArray[Any]] | NDArray[Any],
-        exact: dict[int, NDArray[Any]],
-        k: int,
-    ) -> None:
-        """Convert the k-th thread's share of files, one to a row, as differences from base."""
-        for i, row in list(zip(files, rows, strict=True))[k :: self._threads]:
-            item = ITEM_SIZE[run.dtypes[i]]
-            offset = run.offsets[i] + start * item
-            raw = self._bytes(k, i, offset, len(row) * item)
-            digest = self._digests[i]
-            if digest is not None:
-                digest.update(raw)
-            self._kernel.decode_into(raw, run.dtypes[i], row)
-            self._release(i, offset, len(raw))
-            if any(i == file for _, file in run.copied):
-                exact[i] = row.copy()
-            if base is not None:
-                with np.errstate(invalid="ignore"):  # damaged bytes may be anything
-                    np.subtract(row, base, out=row)
-
-    def _accumulate(
-        self, out: NDArray[Any], factors: NDArray[Any], rows: NDArray[Any], k: int
-    ) -> None:
-        """Add the k-th thread's share of columns."""
-        share = -(-rows.shape[1] // self._threads)
-        columns = slice(k * share, (k + 1) * share)
+                if i in files:
+                    values = np.empty(count, dtype)
+                    decode_into(stored[files.index(i)], stored_as, values)
+                    exact.append((target, values))
+        out += base
+        for target, values in exact:
+            out[target] = values
         with np.errstate(invalid="ignore", over="ignore"):
-            self._kernel.accumulate(out[:, columns], factors, rows[:, columns])
+            # A sum is finite only if all of it is; but that of large numbers may overflow.
+            if not (np.isfinite(out.sum()) or np.isfinite(out).all()):
+                _raise_non_finite(self._snapshots, run, start, out)
+        write(start, out)
+        return count
 
-    def _bytes(self, k: int, i: int, offset: int, size: int) -> NDArray[np.uint8]:
-        """Bytes of one file, from its memory map where it has one."""
-        snapshot = self._snapshots[i]
-        if i < len(self._maps):
-            mapped, array = self._maps[i]
-            if mapped.size() < len(array):  # reading on would be a bus error
-                raise CorruptSnapshotError(f"{snapshot.path} was truncated while it was read")
-            return array[offset : offset + size]
-        if len(self._raw[k]) < size:
-            self._raw[k] = np.empty(size, np.uint8)
-        raw = self._raw[k][:size]
-        with snapshot.opened() as file:
-            snapshot.read_bytes(file, offset, raw)
-        return raw
+    def _read(self, run: _Run, files: Sequence[int], start: int, count: int) -> NDArray[np.uint8]:
+        """The same elements of a few files, as bytes, one file to a row; and digest them."""
+        size = count * ITEM_SIZE[run.dtypes[files[0]]]
+        rows = self._buffer("stored", len(files) * size).reshape(len(files), size)
+        for i, row in zip(files, rows, strict=True):
+            skip = start * ITEM_SIZE[run.dtypes[i]]
+            snapshot = self._snapshots[i]
+            # Reads, not a memory map: page faults cost as much, no resident memory grows, and a
+            # file that shrinks gives an error instead of a bus error.
+            if i < len(self._files):
+                snapshot.read_bytes(self._files[i], run.offsets[i] + skip, row)
+            else:
+                with snapshot.opened() as file:
+                    snapshot.read_bytes(file, run.offsets[i] + skip, row)
+            if self._digests:
+                self._digests[i].add(run.sections[i] + skip, row)
+        return rows
 
-    def _release(self, i: int, offset: int, size: int) -> None:
-        """Give mapped pages that were read back to the system, a stretch at a time."""
-        stop = (offset + size) // _STRETCH * _STRETCH
-        start = offset // _STRETCH * _STRETCH
-        if i < len(self._maps) and stop > start and hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[i][0].madvise(mmap.MADV_DONTNEED, start, stop - start)
+    def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        """Memory of this thread, used again and again."""
+        buffer = getattr(self._buffers, name, None)
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(size, np.uint8)
+            setattr(self._buffers, name, buffer)
+        return buffer[:size]
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _runs(
@@ -263,6 +254,7 @@ def _runs(
         TensorEntry(name, "F64" if row[0].dtype == "F64" else "F32", row[0].shape)
         for name, row in zip(order, entries, strict=True)
     ]
+    sections = [snapshot.section_offsets("averages") for snapshot in used]
     breaks = sink.begin(outputs)
     runs: list[_Run] = []
     first = 0
@@ -280,21 +272,33 @@ def _runs(
         if k > first:
             double = outputs[first].dtype == "F64"
             coefficients = groups[group_of[order[first]]].coefficients[:, needed]
+            dtypes = [entry.dtype for entry in entries[first]]
             runs.append(
                 _Run(
                     outputs[first:k],
                     coefficients.astype(np.float64 if double else np.float32),
                     [
-                        (k, int(np.flatnonzero(row)[0]))
-                        for k, row in enumerate(coefficients)
+                        (target, int(np.flatnonzero(row)[0]))
+                        for target, row in enumerate(coefficients)
                         if np.count_nonzero(row) == 1
                     ],
-                    [entry.dtype for entry in entries[first]],
+                    _together(dtypes[:-1]),
+                    dtypes,
                     [entry.offset for entry in entries[first]],
+                    [section[order[first]] for section in sections],
                 )
             )
         first = k
     return runs
+
+
+def _together(dtypes: Sequence[str]) -> list[list[int]]:
+    """Files in groups of one type, few enough for a thread's buffer."""
+    groups: list[list[int]] = []
+    for dtype in sorted(set(dtypes)):
+        files = [i for i, other in enumerate(dtypes) if other == dtype]
+        groups += [files[k : k + _TOGETHER] for k in range(0, len(files), _TOGETHER)]
+    return groups
 
 
 def _raise_non_finite(used: Sequence[Snapshot], run: _Run, start: int, block: NDArray[Any]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,8 @@ class TensorFileWriter:
     def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: dict[str, Any]):
         self.path = path
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        offset, self._table = 0, {}
+        offset = 0
+        self._table: dict[str, dict[str, Any]] = {}
         for entry in entries:
             end = offset + entry.nbytes
             self._table[entry.name] = {
@@ -148,23 +150,30 @@ class TensorFileWriter:
         self._length = len(self._header(metadata))
         self._length += -(8 + self._length) % _HEADER_ALIGNMENT
         self._expected = 8 + self._length + offset
-        self._file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
-        self._file.write(b"\0" * (8 + self._length))
+        self._written, self._lock = 8 + self._length, Lock()
+        self._file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
 
     def write(self, data: NDArray[Any]) -> None:
         """Append the bytes of a contiguous array."""
-        self._file.write(data.reshape(-1).view(np.uint8).data)
+        self._write_at(self._written, data)
+
+    def write_into(self, name: str, start: int, data: NDArray[Any]) -> None:
+        """Write a contiguous array from element ``start`` of a tensor on; from any thread.
+
+        It may reach into the tensors that follow.
+        """
+        first = self._table[name]["data_offsets"][0]
+        self._write_at(8 + self._length + first + start * data.itemsize, data)
 
     def commit(self, metadata: dict[str, Any]) -> None:
         """Complete the header, make all bytes durable, and show the file under its name."""
-        if self._file.tell() != self._expected:
-            raise RuntimeError(f"wrote {self._file.tell()} bytes of {self._expected}")
+        if self._written != self._expected:
+            raise RuntimeError(f"wrote {self._written} bytes of {self._expected}")
         header = self._header(metadata)
         if len(header) > self._length:
             raise RuntimeError(f"metadata grew from {self._length} to {len(header)} bytes")
-        self._file.seek(0)
-        self._file.write(self._length.to_bytes(8, "little") + header.ljust(self._length))
-        self._file.flush()
+        beginning = self._length.to_bytes(8, "little") + header.ljust(self._length)
+        self._write_at(0, np.frombuffer(beginning, np.uint8))
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self.temporary, self.path)
@@ -184,13 +193,19 @@ class TensorFileWriter:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            # Closing flushes, which fails once more where the disk is full.
             self._file.close()
         except OSError:
             if kind is None:
                 raise
         finally:
             self.temporary.unlink(missing_ok=True)
+
+    def _write_at(self, position: int, data: NDArray[Any]) -> None:
+        view, done = memoryview(data.reshape(-1).view(np.uint8).data), 0
+        while done < len(view):
+            done += os.pwrite(self._file.fileno(), view[done:], position + done)
+        with self._lock:
+            self._written += done
 
     def _header(self, metadata: dict[str, Any]) -> bytes:
         text = canonical_json(metadata)

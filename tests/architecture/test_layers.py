@@ -36,6 +36,7 @@ HOMES = {
     "scipy": ["sweep"],
     "safetensors": ["tensorfile"],
     "ml_dtypes": ["encoding"],
+    "xxhash": ["encoding"],
     "tqdm": ["reconstruct", "sweep", "cli.*"],
     "click": ["cli", "cli.*"],
     "matplotlib": ["plots"],

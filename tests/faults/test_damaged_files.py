@@ -19,13 +19,13 @@ from posthoc_ema import (
     predict_error,
     reconstruct,
 )
-from posthoc_ema.encoding import PageDigest
+from posthoc_ema.encoding import Digest
 from posthoc_ema.sinks import MemorySink
 from tests.faults.tools import (
     damage,
     last_of,
-    page_digest,
     payload_start,
+    piece_digest,
     put_together,
     small_store,
     take_apart,
@@ -301,17 +301,16 @@ def _negate_two(data: Any, rng: Any) -> None:
 def test_larger_damage_is_found_by_the_digest(tmp_path: Path, harm: Any) -> None:
     path, offset, size = large_payload(tmp_path)
     payload = np.frombuffer(path.read_bytes()[offset : offset + size], np.uint8)
-    digest = PageDigest()
-    digest.update(payload)
+    digest = piece_digest(payload.tobytes())
     rng = np.random.default_rng(0)
     for attempt in range(300):
         data = payload.copy()
         harm(data, rng)
         if np.array_equal(data, payload):
             continue  # equal words exchanged
-        other = PageDigest()
+        other = Digest(len(data))
         other.update(data)
-        assert other.hexdigest() != digest.hexdigest(), f"attempt {attempt}"
+        assert other.hexdigest() != digest, f"attempt {attempt}"
     # And the last of them on disk, through the front door.
     whole = bytearray(path.read_bytes())
     whole[offset : offset + size] = data.tobytes()
@@ -319,27 +318,40 @@ def test_larger_damage_is_found_by_the_digest(tmp_path: Path, harm: Any) -> None
     assert_refused(tmp_path, path, CorruptSnapshotError)
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * 4096, 300_001])
+@pytest.mark.parametrize("size", [0, 1, 2**19 - 1, 2**19, 2**19 + 1, 3 * 2**19, 1_300_001])
 def test_digests_are_what_the_format_says(size: int) -> None:
-    rng = np.random.default_rng(size)
-    for data in (rng.integers(0, 256, size, np.uint8), np.full(size, 0x80, np.uint8)):
-        digest = PageDigest()
-        digest.update(data)
-        assert digest.hexdigest() == page_digest(data.tobytes())
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    digest = Digest(size)
+    digest.update(data)
+    assert digest.hexdigest() == piece_digest(data.tobytes())
 
 
 def test_digests_do_not_depend_on_how_bytes_arrive() -> None:
     rng = np.random.default_rng(0)
-    data = rng.integers(0, 256, 30_001, dtype=np.uint8)
-    whole = PageDigest()
-    whole.update(data)
-    for cuts in ([1], [4095], [4096], [4097, 4098], [5000, 12_288, 12_289, 29_999]):
-        pieces = PageDigest()
-        for piece in np.split(data, cuts):
-            pieces.update(piece)
-        assert pieces.hexdigest() == whole.hexdigest()
-    shorter = PageDigest()
+    data = rng.integers(0, 256, 1_700_001, dtype=np.uint8)
+    whole = piece_digest(data.tobytes())
+    for cuts in ([1], [2**19 - 1], [2**19], [2**19 + 1, 2**19 + 2], [5000, 2**20, 2**20 + 1]):
+        stream = Digest(len(data))
+        for part in np.split(data, cuts):
+            stream.update(part)
+        assert stream.hexdigest() == whole
+        # In any order, and what is cut in two once more.
+        parts = Digest(len(data))
+        for start, part in reversed(list(zip([0, *cuts], np.split(data, cuts), strict=True))):
+            parts.add(start, part)
+        for start, length in list(parts.missing()):
+            assert length <= 2**19
+            parts.add(start, data[start : start + length])
+        assert parts.hexdigest() == whole
+    shorter = Digest(len(data) - 1)
     shorter.update(data[:-1])
-    longer = PageDigest()
+    longer = Digest(len(data) + 1)
     longer.update(np.append(data, np.uint8(0)))
-    assert len({whole.hexdigest(), shorter.hexdigest(), longer.hexdigest()}) == 3
+    assert len({whole, shorter.hexdigest(), longer.hexdigest()}) == 3
+
+
+def test_a_piece_that_was_not_read_is_missing() -> None:
+    data = np.zeros(2**20, np.uint8)
+    digest = Digest(len(data))
+    digest.add(1, data[1:])
+    assert list(digest.missing()) == [(0, 2**19)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from posthoc_ema import EMA, Snapshot, SnapshotStore
@@ -68,22 +68,20 @@ def put_together(path: Path, contents: Contents) -> None:
         end = offset + len(payload)
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset, data = end, data + payload
-    digest = {part: page_digest(payload) for part, payload in parts.items()}
+    digest = {part: piece_digest(payload) for part, payload in parts.items()}
     metadata = {**contents.metadata, "digest": digest}
     rows = [[name, dtype, *shape] for name, (dtype, shape, _) in contents.tensors.items()]
-    digest["header"] = blake2b(canonical([metadata, rows]).encode(), digest_size=8).hexdigest()
+    digest["header"] = xxhash.xxh3_128_hexdigest(canonical([metadata, rows]).encode())
     header = json.dumps({"__metadata__": {KEY: canonical(metadata)}, **table}).encode()
     header += b" " * (-len(header) % 8)
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def page_digest(data: bytes) -> str:
-    """As the format describes it, in integers throughout."""
-    padded = data + bytes(4096 - len(data) % 4096)  # the last page is hashed even if it is empty
-    words = np.frombuffer(padded, "<i4").reshape(-1, 1024).astype(np.int64)
-    numbers = (words * np.arange(1, 2048, 2)).sum(axis=1)
-    text = numbers.astype("<i8").tobytes() + len(data).to_bytes(8, "little")
-    return blake2b(text, digest_size=8).hexdigest()
+def piece_digest(data: bytes) -> str:
+    """As the format describes it."""
+    pieces = [data[k : k + 2**19] for k in range(0, len(data), 2**19)]
+    numbers = [*(xxhash.xxh3_64_intdigest(piece) for piece in pieces), len(data)]
+    return xxhash.xxh3_128_hexdigest(b"".join(n.to_bytes(8, "little") for n in numbers))
 
 
 def canonical(data: Any) -> str:

@@ -73,7 +73,7 @@ def test_contents(wheel: Path) -> None:
 
 def test_requirements_are_few(wheel: Path) -> None:
     """A framework that slipped in among them would be installed everywhere."""
-    assert requirements(wheel) == ["click", "numpy", "safetensors", "scipy", "tqdm"]
+    assert requirements(wheel) == ["click", "numpy", "safetensors", "scipy", "tqdm", "xxhash"]
 
 
 def test_training_loop_without_frameworks(trained: Path) -> None:

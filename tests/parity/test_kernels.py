@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from posthoc_ema import CorruptSnapshotError, SnapshotStore, reconstruct, streaming
-from posthoc_ema.encoding import PageDigest
 from posthoc_ema.kernels import NumpyKernel, TorchKernel, fastest_kernel
 from tests.parity.runs import record
 
@@ -34,23 +33,26 @@ def test_torch_serves_where_it_is_loaded() -> None:
 def test_every_finite_number_of_16_bits(kernel: Any, stored: str, dtype: Any, out: Any) -> None:
     values = np.arange(1 << 16).astype(np.uint16).view(dtype)
     values = values[np.isfinite(values.astype(np.float32))]
-    found = np.empty(len(values), out)
-    kernel.decode_into(values.view(np.uint8), stored, found)
+    found = np.empty((2, len(values)), out)
+    rows = np.stack([values, values[::-1]]).view(np.uint8)
+    kernel.differences(rows, stored, np.zeros(len(values), out), found)
     expected = values.astype(out)
-    assert found.tobytes() == expected.tobytes(), "to the last bit, zeros with their sign"
+    assert found[0].tobytes() == expected.tobytes(), "to the last bit, zeros with their sign"
+    assert found[1].tobytes() == expected[::-1].tobytes()
 
 
-@pytest.mark.parametrize("shift", [0, 1, 2, 4])
+@pytest.mark.parametrize("out", [np.float32, np.float64])
 @pytest.mark.parametrize("stored", ["F16", "BF16", "F32", "F64"])
-def test_bytes_need_not_be_aligned(kernel: Any, stored: str, shift: int) -> None:
-    # Files of other hands may hold a tensor anywhere.
+def test_differences(kernel: Any, stored: str, out: Any) -> None:
     dtype = {"F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8"}[stored]
-    values = np.random.default_rng(0).normal(size=1001).astype(dtype)
-    raw = np.empty(values.nbytes + 8, np.uint8)[shift : shift + values.nbytes]
-    raw[:] = values.view(np.uint8)
-    out = np.empty(1001, np.float64 if stored == "F64" else np.float32)
-    kernel.decode_into(raw, stored, out)
-    assert np.array_equal(out, values.astype(out.dtype))
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 1001)).astype(dtype)
+    base = rng.normal(size=501).astype(out)
+    item = values.itemsize
+    part = values.view(np.uint8)[:, 100 * item : 601 * item]  # rows that are not contiguous
+    found = np.empty((3, 501), out)
+    kernel.differences(part, stored, base, found)
+    assert np.array_equal(found, values[:, 100:601].astype(out) - base)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -66,24 +68,6 @@ def test_products_are_added(kernel: Any, count: int, targets: int, dtype: Any) -
     exact = before.astype(np.longdouble) + coefficients.astype(np.longdouble) @ rows
     # Seven terms of about one, each product and sum rounded.
     assert np.abs(found - exact).max() <= 40 * np.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("pages", [1, 2, 63, 64, 65, 257, 600])
-def test_page_numbers(kernel: Any, pages: int) -> None:
-    rng = np.random.default_rng(pages)
-    for data in (rng.integers(0, 256, pages * 4096, np.uint8), np.full(pages * 4096, 128, "u1")):
-        words = data.view("<i4").reshape(pages, 1024).astype(np.int64)
-        expected = (words * np.arange(1, 2048, 2)).sum(1)
-        assert np.array_equal(kernel.page_numbers(data), expected)
-
-
-def test_digests_agree(kernel: Any) -> None:
-    data = np.random.default_rng(0).integers(0, 256, 1_234_567, np.uint8)
-    plain, other = PageDigest(), PageDigest(kernel.page_numbers)
-    for piece in np.array_split(data, 7):
-        plain.update(piece)
-        other.update(piece)
-    assert plain.hexdigest() == other.hexdigest()
 
 
 @pytest.mark.parametrize("encoding", ["float32", "float16", "bfloat16"])
