@@ -1,10 +1,10 @@
 """The tracker for PyTorch: modules, and mappings of tensors.
 
 An update reads every weight and reads and writes every average, and can do no less. What it
-need not do is walk the module, call a kernel for each tensor, or bring a weight into the cache
-once for each track. So the averages of one type and device are one flat vector for each track;
-large tensors are taken in chunks that serve all tracks while in cache, small ones are gathered
-into a block first.
+need not do is walk the module, call a kernel for each tensor and track, or bring a weight into
+the cache once for each track. So the averages of one type and device are one matrix, a row for
+each track; a chunk of a large tensor moves all rows in one call, small tensors are gathered into
+a block first.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _CPU_CHUNK = 1 << 19  # source and averages of one chunk stay in the cache
 
 @dataclass
 class _Pool:
-    """Averages of one type on one device: a flat vector for each track."""
+    """Averages of one type on one device: a row for each track."""
 
     dtype: torch.dtype
     device: torch.device
     names: list[str] = field(default_factory=list)
     size: int = 0
-    flats: list[torch.Tensor] = field(default_factory=list)
+    flats: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class _Place:
 
     def of(self, track: int) -> torch.Tensor:
         """The average, in its own shape (a view)."""
-        return self.pool.flats[track].as_strided(self.shape, self.stride, self.start)
+        row = self.pool.flats[track]
+        return row.as_strided(self.shape, self.stride, row.storage_offset() + self.start)
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,17 @@ class _Piece:
     """One step of an update: the averages of each track move towards the same source."""
 
     source: torch.Tensor  # a parameter's own memory, or scratch
-    averages: list[torch.Tensor]
+    averages: torch.Tensor  # [tracks, elements]
     # How scratch is filled first: tensors joined end to end, or converted, in each of its parts.
     gather: Sequence[tuple[list[torch.Tensor], torch.Tensor]] = ()
+
+    def fill(self) -> None:
+        """Make the source hold the current values."""
+        for tensors, part in self.gather:
+            if len(tensors) > 1:
+                torch.cat(tensors, out=part)
+            else:
+                part.copy_(tensors[0])
 
 
 class TorchTracker(Tracker):
@@ -97,9 +106,10 @@ class TorchTracker(Tracker):
             pool.names.append(spec.name)
             pool.size = stop
         self._pools = list(pools.values())
+        self._kept = {pool.dtype for pool in self._pools}
         for pool in self._pools:
             with torch.inference_mode(False):  # else they could not be updated outside of it
-                pool.flats = [_zeros(pool.size, pool.dtype, pool.device) for _ in range(tracks)]
+                pool.flats = _zeros((tracks, pool.size), pool.dtype, pool.device)
         self._tracks = range(tracks)
         self._plan()
 
@@ -120,30 +130,28 @@ class TorchTracker(Tracker):
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether all weights to be averaged are finite; waits for the device once."""
-        averaged = [self._binding.tensors[spec.name] for spec in self.averaged]
-        averaged = [t.float() if t.element_size() == 1 else t for t in averaged]  # no float8 sums
-        sums = [tensor.sum() for tensor in averaged]  # finite only if every element is
         by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for total in sums:
-            by_device.setdefault(total.device, []).append(total.isfinite())
+        for source in self._sources():
+            # Finite only if every element is.
+            by_device.setdefault(source.device, []).append(source.sum().isfinite())
         if all(bool(torch.stack(flags).all()) for flags in by_device.values()):
             return True
         # Or a sum of finite values overflowed.
-        return all(bool(tensor.isfinite().all()) for tensor in averaged)
+        return all(bool(source.isfinite().all()) for source in self._sources())
 
     @torch.no_grad()
     def update(self, weights: Sequence[float] | None) -> None:
         """Move every average towards the current tensors; never waits for the device."""
+        columns = {
+            dtype: torch.tensor(weights, dtype=dtype)[:, None] for dtype in self._kept if weights
+        }
         for piece in self._pieces:
-            for tensors, part in piece.gather:
-                if len(tensors) > 1:
-                    torch.cat(tensors, out=part)
-                else:
-                    part.copy_(tensors[0])
+            piece.fill()
             if weights is None:
-                for average in piece.averages:
-                    average.copy_(piece.source)
-            else:
+                piece.averages.copy_(piece.source)
+            elif piece.averages.is_cpu:
+                piece.averages.lerp_(piece.source, columns[piece.averages.dtype])
+            else:  # a launch for each track costs nothing, a column would have to be sent there
                 for average, weight in zip(piece.averages, weights, strict=True):
                     average.lerp_(piece.source, weight)
         for name in self._gathered:  # views that do not lie densely in memory
@@ -222,6 +230,14 @@ class TorchTracker(Tracker):
                     binding.real(spec.name).copy_(self._places[spec.name].of(track))
             yield model
 
+    def _sources(self) -> Iterator[torch.Tensor]:
+        """The current values of all averaged tensors; each valid until the next."""
+        for piece in self._pieces:
+            piece.fill()
+            yield piece.source
+        for name in self._gathered:
+            yield self._binding.real(name).to(self._places[name].pool.dtype)
+
     def _rebind(self) -> None:
         """Walk the model again: buffers may have been replaced, which updates do not look at."""
         binding = bind(self._model, self._select)
@@ -263,7 +279,7 @@ class TorchTracker(Tracker):
                 for start in range(0, count, step):
                     stop = min(start + step, count)
                     source, part = flat[start:stop], scratch[: stop - start]
-                    averages = [f[place.start + start : place.start + stop] for f in pool.flats]
+                    averages = pool.flats[:, place.start + start : place.start + stop]
                     if direct:
                         self._pieces.append(_Piece(source, averages))
                     else:
@@ -284,16 +300,16 @@ class TorchTracker(Tracker):
                 tensors.append(flat)
                 done += flat.numel()
             gather.append((tensors, scratch[first:done]))
-            averages = [flat[start:stop] for flat in block[0][1].pool.flats]
+            averages = block[0][1].pool.flats[:, start:stop]
             self._pieces.append(_Piece(scratch[:done], averages, gather))
         return []
 
 
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """On the CPU by way of numpy, which asks for large pages: an update waits less for memory."""
     if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(size, str(dtype).removeprefix("torch."))).zero_()
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch."))).zero_()
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
