@@ -246,7 +246,8 @@ class EMA:
         """Let the model hold one track's averages inside a ``with`` block.
 
         The raw weights, buffers and train/eval modes come back whatever happens inside. Modules
-        and numpy arrays are changed in place; for a JAX pytree use what the block is given.
+        and numpy arrays are changed in place, so not between a forward pass and its backward
+        pass; for a JAX pytree use what the block is given.
 
         Args:
             model: The model, as given to :meth:`update`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_framework
 from posthoc_ema.encoding import Digest
+from posthoc_ema.errors import SnapshotError
 from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.profiles import Profile, as_profile
 from posthoc_ema.request import (
@@ -52,7 +53,8 @@ class Reconstruction:
             coefficients (by pattern likewise), ``movement`` and ``noise`` as estimated, and
             ``remarks`` about what the snapshots could not support.
         aliases: Tied names, each with the name that holds the values.
-        files: Where the weights were written, if they were.
+        files: Where the weights were written, if they were; they are read back, once, when
+            asked for.
     """
 
     t: float
@@ -180,7 +182,7 @@ def reconstruct(
     for k, (goal, solution) in enumerate(zip(goals, solutions, strict=True)):
         load: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
         if paths:
-            load = partial(_load_files, files[k], usable[-1], framework)
+            load = cache(partial(_load_files, _stamps(files[k]), usable[-1], framework))
         else:
             load = _loaded(memory.arrays[k], copies, usable[-1], framework)
         share = {
@@ -329,12 +331,22 @@ def _loaded(
     return lambda: (params, buffers)
 
 
+def _stamps(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+    """What changes when a file is replaced."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+
 def _load_files(
-    paths: Sequence[Path], snapshot: Snapshot, framework: str
+    stamps: Mapping[Path, tuple[int, int]], snapshot: Snapshot, framework: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a reconstruction back from the files that it was written to."""
+    if _stamps(list(stamps)) != stamps:
+        raise SnapshotError(
+            f"{next(iter(stamps))} was replaced since this result was written to it; read the "
+            "file itself, or reconstruct once more to another place"
+        )
     arrays, copies = {}, []
-    for path in paths:
+    for path in stamps:
         with open(path, "rb") as file:
             for entry in read_header(path).entries.values():
                 raw = np.empty(entry.nbytes, np.uint8)

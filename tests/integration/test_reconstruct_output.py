@@ -341,3 +341,15 @@ def test_numpy_comes_without_torch_or_jax(tmp_path: Path) -> None:
         "assert not {'torch', 'jax'} & set(sys.modules), 'a framework was loaded'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_result_in_a_file_is_read_once_and_never_another(tmp_path: Path) -> None:
+    run = record(tmp_path / "ema", steps=40, every=8)
+    first = reconstruct(run.folder, 0.07, out=tmp_path / "a.safetensors")
+    assert first.params is first.params
+    second = reconstruct(run.folder, 0.08, out=tmp_path / "a.safetensors")
+    third = reconstruct(run.folder, 0.09, out=tmp_path / "a.safetensors")
+    assert first.params, "read before it was replaced"
+    assert third.params
+    with pytest.raises(SnapshotError, match=r"a\.safetensors was replaced"):
+        second.state_dict()
