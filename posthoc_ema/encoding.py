@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from posthoc_ema.blocks import (
+    BITS,
+    BLOCK,
+    block_bytes,
+    decode_blocks,
+    encode_blocks,
+    scales_are_finite,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,9 +47,33 @@ _ML_DTYPES: dict[str, str] = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 
-ENCODINGS: dict[str, str | None] = {"float32": None, "float16": "F16", "bfloat16": "BF16"}
-"""Encodings of snapshots: the stored type, or None for the precision in which averages are kept
-(float32, and float64 for float64 weights)."""
+_BLOCK_TYPES = {f"Q{bits}": bits for bits in BITS}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How snapshots are stored.
+
+    Attributes:
+        whole: Type in which averages themselves are stored; None for the precision in which
+            they are kept (float32, and float64 for float64 weights).
+        residuals: Types for what remains of an average after its prediction from earlier
+            snapshots: of the first track of a time, and of the others. None: always whole.
+    """
+
+    whole: str | None
+    residuals: tuple[str, str] | None = None
+
+
+ENCODINGS: dict[str, Encoding] = {
+    "float32": Encoding(None),
+    "float16": Encoding("F16"),
+    "bfloat16": Encoding("BF16"),
+    "delta16": Encoding(None, ("Q16", "Q12")),
+    "delta8": Encoding("F16", ("Q8", "Q6")),
+    "delta6": Encoding("F16", ("Q6", "Q4")),
+}
+"""Encodings of snapshots, by name."""
 
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895e38}  # above, rounding gives infinity
 # Below this RMS the fixed spacing of float16's subnormal numbers, 2⁻²⁴, adds more error than
@@ -57,6 +92,23 @@ def check_encoding(encoding: str) -> str:
     return encoding
 
 
+def stored_size(dtype: str, count: int) -> int:
+    """Bytes of so many elements; block types fill up the last block."""
+    if dtype in _BLOCK_TYPES:
+        return -(-count // BLOCK) * block_bytes(_BLOCK_TYPES[dtype])
+    return count * ITEM_SIZE[dtype]
+
+
+def block_bits(dtype: str) -> int | None:
+    """Width of the numbers of a block type; None for the others."""
+    return _BLOCK_TYPES.get(dtype)
+
+
+def alignment(dtype: str) -> int:
+    """Bytes of one element in memory; those of block types are read as bytes."""
+    return ITEM_SIZE.get(dtype, 1)
+
+
 def stored_dtype(encoding: str, kept: str, max_abs: float, rms: float) -> str:
     """Type in which one tensor is stored.
 
@@ -70,18 +122,32 @@ def stored_dtype(encoding: str, kept: str, max_abs: float, rms: float) -> str:
         The encoding's own type, or ``kept`` where that would overflow, or where float16 would
         lose precision to its subnormal numbers.
     """
-    wanted = ENCODINGS[encoding]
+    wanted = ENCODINGS[encoding].whole
     if wanted is None or max_abs > _LARGEST[wanted]:
         return kept
     return kept if wanted == "F16" and 0 < rms < _FLOAT16_SMALL_RMS else wanted
 
 
-def encode(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Round finite float32 or float64 values to the stored type, to nearest even.
+def encode(values: NDArray[Any], dtype: str) -> tuple[NDArray[np.uint8], float]:
+    """Round finite float32 or float64 values to the stored type.
 
     Returns:
-        A contiguous array whose bytes are what the file holds (bfloat16 as uint16).
+        The bytes that the file holds, and the sum of squared rounding errors.
     """
+    if dtype in _BLOCK_TYPES:
+        blocks, square = encode_blocks(values.astype(np.float32, copy=False), _BLOCK_TYPES[dtype])
+        return blocks.reshape(-1), square
+    stored = _round(values, dtype).view(np.uint8)
+    if dtype == ("F64" if values.dtype == np.float64 else "F32"):
+        return stored, 0.0
+    decoded = np.empty_like(values)
+    decode_into(stored, dtype, decoded)
+    decoded -= values
+    return stored, sum_of_squares(decoded)
+
+
+def _round(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """To nearest even; bfloat16 as uint16."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -93,9 +159,18 @@ def decode_into(raw: NDArray[np.uint8], dtype: str, out: NDArray[Any]) -> None:
 
     Args:
         raw: ``[..., n * itemsize]`` bytes as read from the file.
-        dtype: Stored type: F64, F32, F16 or BF16.
+        dtype: Stored type: F64, F32, F16, BF16, or a block type.
         out: ``[..., n]`` float32 or float64, overwritten.
     """
+    if dtype in _BLOCK_TYPES:
+        count = out.shape[-1]
+        filled = -(-count // BLOCK) * BLOCK
+        direct = out.dtype == np.float32 and filled == count and out.flags.c_contiguous
+        numbers = out if direct else np.empty((*out.shape[:-1], filled), np.float32)
+        decode_blocks(raw, _BLOCK_TYPES[dtype], numbers)
+        if not direct:
+            np.copyto(out, numbers[..., :count])
+        return
     if out.dtype != np.float32 or dtype in ("F32", "F64"):
         if dtype == "BF16":
             single = np.empty(out.shape, np.float32)
@@ -118,8 +193,20 @@ def decode_into(raw: NDArray[np.uint8], dtype: str, out: NDArray[Any]) -> None:
     np.multiply(out, np.float32(2.0**112), out=out)
 
 
+def sum_of_squares(values: NDArray[Any]) -> float:
+    """Σx² of a chunk, without overflow in float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(values @ values)
+        if not np.isfinite(square):
+            double = values.astype(np.float64)
+            square = float(double @ double)
+    return square
+
+
 def all_finite(raw: NDArray[np.uint8], dtype: str) -> bool:
     """Whether stored floats hold neither NaN nor infinity: exponents that are not all ones."""
+    if dtype in _BLOCK_TYPES:
+        return scales_are_finite(raw, _BLOCK_TYPES[dtype])
     mask = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}.get(dtype)
     if mask is None:
         return bool(np.isfinite(raw.view(NUMPY_DTYPE[dtype])).all())
@@ -164,42 +251,51 @@ def numpy_dtype_name(dtype: np.dtype[Any]) -> str:
 class Digest:
     """Digest of a stretch of bytes, at the speed of memory, its pieces in any order.
 
-    The bytes are cut into pieces of 512 KiB. The digest is XXH3-128 over the 64-bit XXH3 hashes of
+    The bytes are cut into pieces of 64 KiB. The digest is XXH3-128 over the 64-bit XXH3 hashes of
     the pieces, as little-endian integers, and the total length.
 
     Args:
         size: Number of bytes.
     """
 
-    PIECE = 1 << 19
+    PIECE = 1 << 16
 
     def __init__(self, size: int) -> None:
-        from xxhash import xxh3_64, xxh3_64_intdigest
+        from xxhash import xxh3_64_intdigest
 
-        self._size, self._start = size, xxh3_64
-        self._of_piece: Callable[[Any], int] = xxh3_64_intdigest
+        self._size = size
+        self._hash: Callable[[Any], int] = xxh3_64_intdigest
         self._hashes: list[int | None] = [None] * -(-size // self.PIECE)
-        self._done, self._current = 0, xxh3_64()
+        self._done = 0
+        # Pieces of which only parts have come: their bytes, and how many are there.
+        self._parts: dict[int, tuple[NDArray[np.uint8], int]] = {}
+        self._lock = Lock()
 
     def update(self, data: NDArray[np.uint8]) -> None:
         """Add the bytes that follow those of the last call."""
-        taken = 0
-        while taken < len(data):
-            k, filled = divmod(self._done, self.PIECE)
-            part = data[taken : taken + self.PIECE - filled]
-            self._current.update(part.data)
-            taken, self._done = taken + len(part), self._done + len(part)
-            if self._done in (self._size, (k + 1) * self.PIECE):
-                self._hashes[k], self._current = self._current.intdigest(), self._start()
+        self.add(self._done, data)
+        self._done += len(data)
 
     def add(self, start: int, data: NDArray[np.uint8]) -> None:
-        """Add the whole pieces among the bytes from ``start`` on; from any thread."""
+        """Add the bytes from ``start`` on, each once; from any thread."""
         stop = start + len(data)
-        for k in range(-(-start // self.PIECE), len(self._hashes)):
+        for k in range(start // self.PIECE, -(-stop // self.PIECE)):
             first, last = k * self.PIECE, min((k + 1) * self.PIECE, self._size)
-            if last > stop:
-                break
-            self._hashes[k] = self._of_piece(data[first - start : last - start])
+            left, right = max(first, start), min(last, stop)
+            part = data[left - start : right - start]
+            if right - left == last - first:
+                self._hashes[k] = self._hash(part)
+                continue
+            with self._lock:
+                piece, filled = self._parts.pop(k, (None, 0))
+                if piece is None:
+                    piece = np.empty(last - first, np.uint8)
+                piece[left - first : right - first] = part
+                filled += right - left
+                if filled == len(piece):
+                    self._hashes[k] = self._hash(piece)
+                else:
+                    self._parts[k] = piece, filled
 
     def missing(self) -> Iterator[tuple[int, int]]:
         """First byte and size of each piece that was not added as a whole."""

@@ -25,6 +25,10 @@ class CorruptSnapshotError(SnapshotError):
     """A file is truncated, damaged or not a snapshot at all."""
 
 
+class MissingInputError(SnapshotError):
+    """A snapshot is stored as a difference from others, of which one is gone."""
+
+
 class SnapshotVersionError(SnapshotError):
     """A file was written by a newer format version than this library reads."""
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posthoc_ema.encoding import ITEM_SIZE, all_finite, decode_into
+from posthoc_ema.blocks import BLOCK
+from posthoc_ema.chain import is_residual, with_inputs
+from posthoc_ema.encoding import all_finite, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.movement import Movement, fit_movement, neighbours
 from posthoc_ema.snapshot_file import Snapshot
@@ -148,15 +150,26 @@ def sample_weights(
         for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             length = min(-(-wanted // number), stop - start)
             first = start + int(generator.integers(stop - start - length + 1))
+            first -= first % BLOCK  # where blocks of few bits begin
             pieces.append((entry.name, first, length))
             stands_for.append(np.full(length, (stop - start) / length))
 
     count = sum(length for _, _, length in pieces)
-    out = np.empty((len(snapshots), count), np.float64 if double else np.float32)
-    for row, snapshot in zip(out, snapshots, strict=True):
+    files = with_inputs(snapshots)
+    out = np.empty((len(files), count), np.float64 if double else np.float32)
+    row_of = {snapshot.digests["header"]: row for row, snapshot in enumerate(files)}
+    for row, snapshot in zip(out, files, strict=True):
         with snapshot.opened() as file:
             _read_pieces(snapshot, file, pieces, row)
-    return out, np.concatenate([*stands_for, np.empty(0)])
+        if snapshot.inputs:
+            residual = np.repeat(
+                [is_residual(snapshot, name) for name, _, _ in pieces],
+                [length for _, _, length in pieces],
+            )
+            for factor, other in snapshot.inputs:
+                row += out.dtype.type(factor) * out[row_of[other.digests["header"]]] * residual
+    rows = [row_of[snapshot.digests["header"]] for snapshot in snapshots]
+    return out[rows], np.concatenate([*stands_for, np.empty(0)])
 
 
 def _read_pieces(
@@ -168,31 +181,37 @@ def _read_pieces(
     for dtype in {entry.dtype for entry in entries}:
         chosen = [k for k, entry in enumerate(entries) if entry.dtype == dtype]
         # Their order in memory is that of the row, whatever that in the file.
-        places, size, width = [], 0, ITEM_SIZE[dtype]
+        places, size = [], 0
         for k in chosen:
             _, first, length = pieces[k]
-            places.append((entries[k].offset + first * width, size, length * width))
-            size += length * width
+            bytes_ = stored_size(dtype, length)
+            places.append((entries[k].offset + stored_size(dtype, first), size, bytes_))
+            size += bytes_
         raw = np.empty(size, np.uint8)
         _read_places(snapshot, file, sorted(places), raw)
         if not all_finite(raw, dtype):
             snapshot.verify()  # damage shall be called damage
-            bad = [
-                k
+            bad = next(
+                pieces[k][0]
                 for (_, at, n), k in zip(places, chosen, strict=True)
                 if not all_finite(raw[at : at + n], dtype)
-            ]
-            raise NonFiniteError(
-                f"{pieces[bad[0]][0]!r} is not finite in {snapshot.path}, which holds NaN or "
-                "infinity; delete such a snapshot to reconstruct from the others"
             )
-        if len(chosen) == len(pieces):
+            raise NonFiniteError(
+                f"{bad!r} is not finite in {snapshot.path}, which holds NaN or infinity; "
+                "delete such a snapshot to reconstruct from the others"
+            )
+        step = BLOCK if block_bits(dtype) else 1
+        padded = [-(-pieces[k][2] // step) * step for k in chosen]
+        if sum(padded) == len(row):
             decode_into(raw, dtype, row)
             continue
-        values = np.empty(size // width, row.dtype)
+        values = np.empty(sum(padded), row.dtype)
         decode_into(raw, dtype, values)
-        for (_, at, n), k in zip(places, chosen, strict=True):
-            row[ends[k] - n // width : ends[k]] = values[at // width : (at + n) // width]
+        done = 0
+        for k, taken in zip(chosen, padded, strict=True):
+            length = pieces[k][2]
+            row[ends[k] - length : ends[k]] = values[done : done + length]
+            done += taken
 
 
 def _read_places(

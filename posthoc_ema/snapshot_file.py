@@ -9,25 +9,30 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.blocks import BITS, BLOCK, block_bytes
 from posthoc_ema.encoding import (
-    ITEM_SIZE,
+    ENCODINGS,
     Digest,
+    alignment,
     as_numpy,
+    block_bits,
     bytes_digest,
     check_encoding,
     decode_into,
     encode,
     stored_dtype,
+    sum_of_squares,
 )
 from posthoc_ema.errors import (
     CorruptSnapshotError,
     ForeignSnapshotError,
+    MissingInputError,
     NonFiniteError,
     SnapshotError,
     SnapshotVersionError,
@@ -96,6 +101,36 @@ class RunIdentity:
 
 
 @dataclass(frozen=True)
+class Link:
+    """One snapshot that another was predicted from.
+
+    Attributes:
+        coefficient: How much it counts in the prediction.
+        header: Its header digest, which says exactly which file it is.
+        name: Its file name, for people.
+    """
+
+    coefficient: float
+    header: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a snapshot is expected to be.
+
+    Attributes:
+        inputs: (coefficient, snapshot) from which.
+        values: Flat arrays by name.
+        first: Whether no other snapshot of the same time is among the inputs.
+    """
+
+    inputs: Sequence[tuple[float, Snapshot]]
+    values: Mapping[str, NDArray[Any]]
+    first: bool
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One file of a store: its identity, without its weights.
 
@@ -109,8 +144,11 @@ class Snapshot:
         aliases: Tied names, each with the name that is stored.
         statistics: ``count``, ``mean_square`` of the weights, ``rounding_square`` of storage.
         digests: Of the averages and of the copies.
-        entries: All tensors of the file, in the order of its bytes.
+        entries: All tensors of the file, in the order of its bytes; averages of a block type are
+            what remains after a prediction.
         nbytes: Size of the file.
+        links: From which snapshots it was predicted.
+        inputs: The same as (coefficient, snapshot), once the store found them.
     """
 
     path: Path
@@ -124,6 +162,8 @@ class Snapshot:
     digests: Mapping[str, str]
     entries: Mapping[str, TensorEntry]
     nbytes: int
+    links: tuple[Link, ...] = ()
+    inputs: tuple[tuple[float, Snapshot], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def copies(self) -> tuple[str, ...]:
@@ -160,9 +200,13 @@ class Snapshot:
         try:
             if data["digest"]["header"] != _header_digest(data, header.entries.values()):
                 raise ValueError("its digest does not match")
+            entries = {
+                name: _block_entry(entry, data["blocks"][name]) if name in data["blocks"] else entry
+                for name, entry in header.entries.items()
+            }
             for name, _ in data["averages"]:
-                if header.entries[name].dtype not in _AVERAGE_DTYPES:
-                    raise ValueError(f"{name} has type {header.entries[name].dtype}")
+                if name not in data["blocks"] and entries[name].dtype not in _AVERAGE_DTYPES:
+                    raise ValueError(f"{name} has type {entries[name].dtype}")
             return cls(
                 path=path,
                 t=data["t"],
@@ -173,8 +217,9 @@ class Snapshot:
                 aliases=data["aliases"],
                 statistics=data["statistics"],
                 digests=data["digest"],
-                entries=header.entries,
+                entries=entries,
                 nbytes=path.stat().st_size,
+                links=tuple(Link(*link) for link in data["prediction"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptSnapshotError(
@@ -184,14 +229,38 @@ class Snapshot:
     def read(self, name: str) -> NDArray[Any]:
         """One tensor: averages as float32 (float64 if kept so), copies in their own type."""
         entry = self._entry(name)
+        if entry.name not in self.averages:
+            return as_numpy(self._raw(entry), entry.dtype, entry.shape)
+        return self._decoded(entry.name, {}).reshape(entry.shape)
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """What the file itself holds of one average, flat: of block types, the residual."""
+        entry = self._entry(name)
+        out = np.empty(entry.count, np.float64 if entry.dtype == "F64" else np.float32)
+        decode_into(self._raw(entry), entry.dtype, out)
+        return out
+
+    def _decoded(self, name: str, known: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        """One average with its prediction, of which many snapshots share parts."""
+        key = self.digests["header"]
+        if key not in known:
+            out = self.stored(name)
+            if block_bits(self.entries[name].dtype) is not None:
+                if not self.inputs:
+                    raise MissingInputError(
+                        f"{self.path} is stored as its difference from a prediction; take it from "
+                        "SnapshotStore(folder).list(), which finds what it was predicted from"
+                    )
+                for factor, other in self.inputs:
+                    out += np.float32(factor) * other._decoded(name, known).astype(np.float32)
+            known[key] = out
+        return known[key]
+
+    def _raw(self, entry: TensorEntry) -> NDArray[np.uint8]:
         raw = np.empty(entry.nbytes, np.uint8)
         with self.opened() as file:
             self.read_bytes(file, entry.offset, raw)
-        if entry.name not in self.averages:
-            return as_numpy(raw, entry.dtype, entry.shape)
-        out = np.empty(entry.count, np.float64 if entry.dtype == "F64" else np.float32)
-        decode_into(raw, entry.dtype, out)
-        return out.reshape(entry.shape)
+        return raw
 
     def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> None:
         """Read every byte and compare with the digests.
@@ -289,6 +358,7 @@ def write_snapshot(
     copies: Sequence[CopySource] = (),
     aliases: Mapping[str, str] | None = None,
     encoding: str = "float32",
+    prediction: Prediction | None = None,
 ) -> None:
     """Write one file, in two passes over the averages and without a copy of them.
 
@@ -302,13 +372,18 @@ def write_snapshot(
         aliases: Tied names, each with the name that is stored.
         encoding: Storage precision; float16 gives way to the precision in memory for a tensor
             whose values it cannot hold.
+        prediction: With it, encodings that have a type for residuals store what remains of each
+            tensor, where that is smaller.
 
     Raises:
         NonFiniteError: If an average holds NaN or infinity.
         OSError: If the file cannot be written.
     """
     check_encoding(encoding)
-    entries, size = _plan_file(path, averages, copies, encoding)
+    entries, size = _plan_file(path, averages, copies, encoding, prediction)
+    blocks = {e.name: list(e.shape) for e in entries if block_bits(e.dtype) is not None}
+    predicted = prediction.values if prediction and blocks else {}
+    inputs = prediction.inputs if prediction and blocks else ()
     identity = {
         "format_version": FORMAT_VERSION,
         "run_id": run.run_id,
@@ -321,6 +396,8 @@ def write_snapshot(
         # Pairs, not a mapping: the model's order shall survive.
         "averages": [[source.name, source.dtype] for source in averages],
         "aliases": dict(aliases or {}),
+        "blocks": blocks,
+        "prediction": [[x, s.digests["header"], s.path.name] for x, s in inputs],
     }
     empty = {"averages": _NO_DIGEST, "copies": _NO_DIGEST, "header": _NO_DIGEST}
     # The digits of a float vary in number: reserve the longest.
@@ -340,11 +417,14 @@ def write_snapshot(
                 digests["copies"].update(copied[entry.name].data)
                 writer.write(copied[entry.name].data)
                 continue
-            for chunk in sources[entry.name].chunks():
-                stored = encode(chunk, entry.dtype).view(np.uint8)
+            chunks: Iterable[NDArray[Any]] = sources[entry.name].chunks()
+            if entry.name in blocks:
+                chunks = _residuals(chunks, predicted[entry.name])
+            for chunk in chunks:
+                stored, square = encode(chunk, entry.dtype)
                 digests["averages"].update(stored)
                 writer.write(stored)
-                rounding += _rounding_square(chunk, stored, entry.dtype)
+                rounding += square
         digest = {part: stream.hexdigest() for part, stream in digests.items()}
         metadata = {
             **identity,
@@ -356,13 +436,20 @@ def write_snapshot(
 
 
 def _plan_file(
-    path: Path, averages: Sequence[AverageSource], copies: Sequence[CopySource], encoding: str
+    path: Path,
+    averages: Sequence[AverageSource],
+    copies: Sequence[CopySource],
+    encoding: str,
+    prediction: Prediction | None,
 ) -> tuple[list[TensorEntry], dict[str, float]]:
     """First pass over the values: are they finite, how large, and so in what type stored."""
     entries, total, count = [], 0.0, 0
     for source in averages:
-        square, largest, size, finite = 0.0, 0.0, 0, True
+        square, largest, size, finite, remaining = 0.0, 0.0, 0, True, 0.0
+        predicted = prediction.values.get(source.name) if prediction else None
         for chunk in source.chunks():
+            if predicted is not None:
+                remaining += sum_of_squares(chunk - predicted[size : size + len(chunk)])
             square += sum_of_squares(chunk)
             # A finite sum of squares proves it at no cost; float64 can overflow all the same.
             finite &= bool(np.isfinite(square)) or bool(np.isfinite(chunk).all())
@@ -377,36 +464,48 @@ def _plan_file(
             )
         square = min(square, float(np.finfo(np.float64).max))
         dtype = stored_dtype(encoding, source.kept, largest, (square / max(size, 1)) ** 0.5)
+        residuals = ENCODINGS[encoding].residuals
+        # Scalars and the like are too small to gain by it, and may matter much.
+        if prediction and residuals and size >= BLOCK and remaining < square / 4:
+            dtype = residuals[not prediction.first]
         entries.append(TensorEntry(source.name, dtype, source.shape))
         total, count = total + square, count + size
     entries += [TensorEntry(source.name, source.dtype, source.shape) for source in copies]
     # Larger elements first, so that every tensor is aligned to its own type.
-    entries.sort(key=lambda entry: -ITEM_SIZE[entry.dtype])
+    entries.sort(key=lambda entry: -alignment(entry.dtype))
     return entries, {"count": count, "mean_square": total / max(count, 1)}
 
 
-def _rounding_square(values: NDArray[Any], stored: NDArray[np.uint8], dtype: str) -> float:
-    if dtype == ("F64" if values.dtype == np.float64 else "F32"):
-        return 0.0
-    decoded = np.empty_like(values)
-    decode_into(stored, dtype, decoded)
-    decoded -= values
-    return sum_of_squares(decoded)
+def _residuals(
+    chunks: Iterable[NDArray[Any]], predicted: NDArray[Any]
+) -> Iterator[NDArray[np.float32]]:
+    """What remains of a tensor, in whole blocks but for the end."""
+    done, rest = 0, np.empty(0, np.float32)
+    for chunk in chunks:
+        residual = (chunk - predicted[done : done + len(chunk)]).astype(np.float32, copy=False)
+        done += len(chunk)
+        if len(rest):
+            residual = np.concatenate([rest, residual])
+        whole = len(residual) // BLOCK * BLOCK
+        rest = residual[whole:]
+        if whole:
+            yield residual[:whole]
+    if len(rest):
+        yield rest
 
 
-def sum_of_squares(values: NDArray[Any]) -> float:
-    """Σx² of a chunk, without overflow in float32."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = float(values @ values)
-        if not np.isfinite(square):
-            double = values.astype(np.float64)
-            square = float(double @ double)
-    return square
+def _block_entry(entry: TensorEntry, shape: Sequence[int]) -> TensorEntry:
+    """A tensor of blocks with the shape of its numbers."""
+    bits = (entry.shape[1] - block_bytes(0)) * 8 // BLOCK
+    found = TensorEntry(entry.name, f"Q{bits}", tuple(shape), entry.offset)
+    if bits not in BITS or found.stored() != entry:
+        raise ValueError(f"{entry.name} has {entry.dtype} {entry.shape}, no blocks of {shape}")
+    return found
 
 
 def _header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -> str:
     """Digest of all metadata but itself, and of the table of tensors."""
     digest = {key: value for key, value in metadata["digest"].items() if key != "header"}
-    table = [[e.name, e.dtype, *e.shape] for e in entries]
+    table = [[e.name, e.stored().dtype, *e.stored().shape] for e in entries]
     text = canonical_json([{**metadata, "digest": digest}, table])
     return bytes_digest(text.encode())

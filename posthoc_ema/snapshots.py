@@ -6,14 +6,18 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from posthoc_ema.encoding import ENCODINGS, check_encoding
 from posthoc_ema.errors import (
     ForeignSnapshotError,
+    MissingInputError,
     SnapshotError,
     SnapshotWriteError,
     StructureError,
 )
+from posthoc_ema.prediction import predict
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.snapshot_file import (
     AverageSource,
@@ -77,8 +81,9 @@ class SnapshotStore:
                 continue  # pruned, or set aside, since the folder was listed
             except SnapshotError as error:
                 problems.append(error)
-        snapshots.sort(key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0), s.path.name))
-        return snapshots, problems
+        found, broken = _with_inputs_found(snapshots)
+        found.sort(key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0), s.path.name))
+        return found, [*problems, *broken]
 
     def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> Snapshots:
         """Read every byte of every snapshot; return them if all are intact.
@@ -137,13 +142,17 @@ class SnapshotStore:
         """
         path = self.path / f"{_stem(t, profile)}{SUFFIX}"
         with self._writing():
-            if path in [s.path for s in self._own(run)]:
+            earlier = self._own(run)
+            if path in [s.path for s in earlier]:
                 raise ForeignSnapshotError(
                     f"{path} already exists, from the same run and time; two processes seem to "
                     "write the same run. Give snapshots= to one of them only"
                 )
-            write_snapshot(path, run, t, profile, averages, copies, aliases, encoding)
-        return self._open(path)
+            prediction = None
+            if ENCODINGS[check_encoding(encoding)].residuals:
+                prediction = predict(earlier, t, profile, averages)
+            write_snapshot(path, run, t, profile, averages, copies, aliases, encoding, prediction)
+            return next(s for s in self.scan()[0] if s.path == path)
 
     def check_unchanged(self, written: Iterable[Snapshot]) -> None:
         """Make sure that nobody replaced these snapshots; that they were pruned is fine.
@@ -164,9 +173,23 @@ class SnapshotStore:
                 )
 
     def delete(self, snapshots: Iterable[Snapshot]) -> int:
-        """Delete snapshots of this store; return the bytes freed."""
+        """Delete snapshots of this store; return the bytes freed.
+
+        Raises:
+            SnapshotError: If another one that stays was predicted from one of them.
+        """
         freed = 0
+        snapshots = list(snapshots)
+        going = {snapshot.path for snapshot in snapshots}
         with self._writing():
+            for other in self.scan()[0]:
+                for _, needed in other.inputs:
+                    if needed.path in going and other.path not in going:
+                        raise SnapshotError(
+                            f"{needed.path} cannot be deleted alone: {other.path} is stored as "
+                            "its difference from a prediction that needs it. Convert the folder "
+                            "to another encoding first (posthoc-ema convert), or delete both"
+                        )
             for snapshot in snapshots:
                 if snapshot.path.parent != self.path:
                     raise SnapshotError(f"{snapshot.path} is not in {self.path}")
@@ -238,6 +261,40 @@ def _stem(t: float, profile: Profile) -> str:
     if isinstance(profile, PowerFunction):
         return f"t={time}_sigma_rel={profile.sigma_rel!r}"
     return f"t={time}_" + "_".join(f"{key}={value}" for key, value in profile.to_dict().items())
+
+
+def _with_inputs_found(
+    snapshots: Snapshots,
+) -> tuple[Snapshots, Sequence[SnapshotError]]:
+    """Connect snapshots with those that they were predicted from."""
+    by_header = {snapshot.digests["header"]: snapshot for snapshot in snapshots}
+    done: dict[str, Snapshot] = {}
+    broken: Snapshots = []
+    waiting = sorted(snapshots, key=lambda s: s.t)
+    while waiting:
+        later = []
+        for snapshot in waiting:
+            if all(link.header in done for link in snapshot.links):
+                inputs = tuple((link.coefficient, done[link.header]) for link in snapshot.links)
+                done[snapshot.digests["header"]] = replace(snapshot, inputs=inputs)
+            else:
+                later.append(snapshot)
+        if len(later) == len(waiting):
+            broken = later
+            break
+        waiting = later
+    problems = []
+    for snapshot in broken:
+        lost = next((link for link in snapshot.links if link.header not in by_header), None)
+        cause = f"{lost.name}, which is missing or was replaced" if lost else "another such file"
+        problems.append(
+            MissingInputError(
+                f"{snapshot.path} cannot be decoded: it is stored as its difference from a "
+                f"prediction that needs {cause}. Restore that file, or delete this one to go on "
+                "without it"
+            )
+        )
+    return list(done.values()), problems
 
 
 def _check_one_run(snapshots: Sequence[Snapshot]) -> None:

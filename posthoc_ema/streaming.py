@@ -8,7 +8,7 @@ of all targets: memory does not depend on the size of the model or the number of
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from posthoc_ema.encoding import ITEM_SIZE, Digest, decode_into
+from posthoc_ema.blocks import BLOCK
+from posthoc_ema.chain import is_residual, stored_coefficients, with_inputs
+from posthoc_ema.encoding import Digest, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.kernels import fastest_kernel
 from posthoc_ema.snapshot_file import Snapshot
@@ -26,7 +28,7 @@ from posthoc_ema.tensorfile import TensorEntry
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_BLOCK_BYTES = Digest.PIECE  # read of each file at once
+_BLOCK_BYTES = 8 * Digest.PIECE  # read of each file at once
 _TOGETHER = 16  # files whose blocks are read before they are multiplied
 _TILE = 1 << 16  # elements multiplied at once: decoded, those of all files stay in the cache
 _RESULTS = 1 << 21  # elements of all targets that a block may have
@@ -70,7 +72,8 @@ class _Run:
     outputs: Sequence[TensorEntry]
     coefficients: NDArray[Any]
     copied: Sequence[tuple[int, int]]  # (target, file) where the target is that file's average
-    together: Sequence[Sequence[int]]  # all files but the reference, in groups of one type
+    reference: int  # a file with the averages themselves
+    together: Sequence[Sequence[int]]  # all others that count, in groups of one type
     dtypes: Sequence[str]
     offsets: Sequence[int]  # of its first byte in each file
     sections: Sequence[int]  # the same, counted within all averages of the file
@@ -103,17 +106,18 @@ def stream(
         NonFiniteError: If a result holds NaN or infinity.
     """
     needed = np.any([(g.coefficients != 0).any(0) for g in groups], axis=0)
-    used = [snapshot for snapshot, need in zip(snapshots, needed, strict=True) if need]
+    used = with_inputs(s for s, need in zip(snapshots, needed, strict=True) if need)
+    groups = [_for_files(group, snapshots, used) for group in groups]
     wanted = {name for group in groups for name in group.names}
     order = [name for name in used[0].entries if name in wanted]
-    runs = _runs(used, groups, order, needed, sink)
+    runs = _runs(used, groups, order, sink)
 
     digests = [Digest(snapshot.section_size("averages")) for snapshot in used] if check else []
     with _Reader(used, digests) as reader:
         for run in runs:
             sink.start(run.outputs)
             for count in reader.combine(run, sink.write):
-                progress(count * sum(ITEM_SIZE[dtype] for dtype in run.dtypes))
+                progress(sum(stored_size(dtype, count) for dtype in run.dtypes))
     for snapshot, digest in zip(used, digests, strict=check):
         # Where files are laid out unlike each other, blocks cut some pieces in two.
         snapshot.add_missing("averages", digest)
@@ -125,13 +129,12 @@ class _Reader:
 
     One file is the reference R, and the sum runs over differences: R + Σ x_i (S_i - R). Weights
     that do not move come back exactly, and rounding is relative to the movement, not multiplied
-    by large coefficients of either sign. The order of the sum, and so the result, does not
-    depend on the number of threads.
+    by large coefficients of either sign. Residuals are differences as they are. The order of the
+    sum, and so the result, does not depend on the number of threads.
     """
 
     def __init__(self, snapshots: Sequence[Snapshot], digests: Sequence[Digest]) -> None:
         self._snapshots, self._digests = snapshots, digests
-        self._reference = len(snapshots) - 1  # and together, in a run, leaves out that one
         self._kernel = fastest_kernel()
         self._buffers = local()
         self._stack = ExitStack()
@@ -159,12 +162,10 @@ class _Reader:
     def combine(self, run: _Run, write: Callable[[int, NDArray[Any]], None]) -> Iterator[int]:
         """Write all blocks of the results; yield the number of elements of each that is done."""
         targets = len(run.coefficients)
-        smallest = min(ITEM_SIZE[dtype] for dtype in run.dtypes)
-        size = min(_BLOCK_BYTES // smallest, max(_RESULTS // targets, 1 << 12))
+        smallest = min(stored_size(dtype, BLOCK) for dtype in run.dtypes)
+        size = min(_BLOCK_BYTES * BLOCK // smallest, max(_RESULTS // targets, 1 << 12))
         size = 1 << (size.bit_length() - 1)  # whole pieces of files, or whole fractions of them
-        # The first block ends where a piece does.
-        first = run.sections[self._reference] // smallest % size
-        starts = [0, *range(size - first, run.count, size)]
+        starts = range(0, run.count, size)
         stops = [*starts[1:], run.count]
         yield from self._pool.map(partial(self._combine, run, write), starts, stops)
 
@@ -174,23 +175,25 @@ class _Reader:
         """One block of the results."""
         count, dtype = stop - start, run.coefficients.dtype
         base = np.empty(count, dtype)
-        stored = self._read(run, [self._reference], start, count)
-        decode_into(stored[0], run.dtypes[self._reference], base)
+        stored = self._read(run, [run.reference], start, count)
+        decode_into(stored[0], run.dtypes[run.reference], base)
         out = self._buffer("out", len(run.coefficients) * count * dtype.itemsize)
         out = out.view(dtype).reshape(len(run.coefficients), count)
         out.fill(0)
-        exact = [(t, base) for t, i in run.copied if i == self._reference]
+        exact = [(t, base) for t, i in run.copied if i == run.reference]
         for files in run.together:
             stored_as = run.dtypes[files[0]]
-            item = ITEM_SIZE[stored_as]
             stored = self._read(run, files, start, count)
             factors = np.ascontiguousarray(run.coefficients[:, files])
             for left in range(0, count, _TILE):
                 right = min(left + _TILE, count)
-                tile = stored[:, left * item : right * item]
+                tile = stored[:, stored_size(stored_as, left) : stored_size(stored_as, right)]
                 rows = self._buffer("rows", len(files) * (right - left) * dtype.itemsize)
                 rows = rows.view(dtype).reshape(len(files), right - left)
-                self._kernel.differences(tile, stored_as, base[left:right], rows)
+                if block_bits(stored_as) is None:
+                    self._kernel.differences(tile, stored_as, base[left:right], rows)
+                else:  # differences already
+                    decode_into(tile, stored_as, rows)
                 self._kernel.accumulate(out[:, left:right], factors, rows)
             for target, i in run.copied:
                 if i in files:
@@ -209,10 +212,10 @@ class _Reader:
 
     def _read(self, run: _Run, files: Sequence[int], start: int, count: int) -> NDArray[np.uint8]:
         """The same elements of a few files, as bytes, one file to a row; and digest them."""
-        size = count * ITEM_SIZE[run.dtypes[files[0]]]
+        size = stored_size(run.dtypes[files[0]], count)
         rows = self._buffer("stored", len(files) * size).reshape(len(files), size)
         for i, row in zip(files, rows, strict=True):
-            skip = start * ITEM_SIZE[run.dtypes[i]]
+            skip = stored_size(run.dtypes[i], start)
             snapshot = self._snapshots[i]
             # Reads, not a memory map: page faults cost as much, no resident memory grows, and a
             # file that shrinks gives an error instead of a bus error.
@@ -244,14 +247,13 @@ def _runs(
     used: Sequence[Snapshot],
     groups: Sequence[Group],
     order: Sequence[str],
-    needed: NDArray[np.bool_],
     sink: Sink,
 ) -> list[_Run]:
     """Cut the sequence of tensors where types, places or coefficients change."""
     group_of = {name: k for k, group in enumerate(groups) for name in group.names}
     entries = [[snapshot.entries[name] for snapshot in used] for name in order]
     outputs = [
-        TensorEntry(name, "F64" if row[0].dtype == "F64" else "F32", row[0].shape)
+        TensorEntry(name, "F64" if all(e.dtype == "F64" for e in row) else "F32", row[0].shape)
         for name, row in zip(order, entries, strict=True)
     ]
     sections = [snapshot.section_offsets("averages") for snapshot in used]
@@ -264,39 +266,64 @@ def _runs(
             or group_of[order[k]] != group_of[order[first]]
             or outputs[k].dtype != outputs[first].dtype
             or any(
-                b.dtype != a.dtype or b.offset != a.offset + a.nbytes
+                b.dtype != a.dtype
+                or b.offset != a.offset + a.nbytes
+                or (a.count % BLOCK and block_bits(a.dtype) is not None)
                 for a, b in zip(entries[k - 1], entries[k], strict=True)
             )
         ):
             continue
         if k > first:
-            double = outputs[first].dtype == "F64"
-            coefficients = groups[group_of[order[first]]].coefficients[:, needed]
-            dtypes = [entry.dtype for entry in entries[first]]
-            runs.append(
-                _Run(
-                    outputs[first:k],
-                    coefficients.astype(np.float64 if double else np.float32),
-                    [
-                        (target, int(np.flatnonzero(row)[0]))
-                        for target, row in enumerate(coefficients)
-                        if np.count_nonzero(row) == 1
-                    ],
-                    _together(dtypes[:-1]),
-                    dtypes,
-                    [entry.offset for entry in entries[first]],
-                    [section[order[first]] for section in sections],
-                )
-            )
+            runs.append(_run(used, groups[group_of[order[first]]], outputs[first:k], sections))
         first = k
     return runs
 
 
-def _together(dtypes: Sequence[str]) -> list[list[int]]:
+def _for_files(group: Group, snapshots: Sequence[Snapshot], files: Sequence[Snapshot]) -> Group:
+    """The same coefficients by file; zero for those that others were predicted from."""
+    coefficients = np.zeros((len(group.coefficients), len(files)))
+    row_of = {snapshot.digests["header"]: row for row, snapshot in enumerate(files)}
+    for k, snapshot in enumerate(snapshots):
+        row = row_of.get(snapshot.digests["header"])
+        if row is not None:
+            coefficients[:, row] = group.coefficients[:, k]
+    return Group(group.names, coefficients)
+
+
+def _run(
+    files: Sequence[Snapshot],
+    group: Group,
+    outputs: Sequence[TensorEntry],
+    sections: Sequence[Mapping[str, int]],
+) -> _Run:
+    name = outputs[0].name
+    entries = [snapshot.entries[name] for snapshot in files]
+    coefficients = stored_coefficients(files, group.coefficients, name)
+    whole = [i for i, snapshot in enumerate(files) if not is_residual(snapshot, name)]
+    counting = np.flatnonzero((coefficients != 0).any(axis=0))
+    reference = max(set(whole) & set(counting.tolist()), default=whole[-1])
+    others = [i for i in counting.tolist() if i != reference]
+    return _Run(
+        outputs,
+        coefficients.astype(np.float64 if outputs[0].dtype == "F64" else np.float32),
+        [
+            (target, int(np.flatnonzero(row)[0]))
+            for target, row in enumerate(coefficients)
+            if np.count_nonzero(row) == 1
+        ],
+        reference,
+        _together(others, [entry.dtype for entry in entries]),
+        [entry.dtype for entry in entries],
+        [entry.offset for entry in entries],
+        [section[name] for section in sections],
+    )
+
+
+def _together(chosen: Sequence[int], dtypes: Sequence[str]) -> list[list[int]]:
     """Files in groups of one type, few enough for a thread's buffer."""
     groups: list[list[int]] = []
-    for dtype in sorted(set(dtypes)):
-        files = [i for i, other in enumerate(dtypes) if other == dtype]
+    for dtype in sorted({dtypes[i] for i in chosen}):
+        files = [i for i in chosen if dtypes[i] == dtype]
         groups += [files[k : k + _TOGETHER] for k in range(0, len(files), _TOGETHER)]
     return groups
 
@@ -307,7 +334,7 @@ def _raise_non_finite(used: Sequence[Snapshot], run: _Run, start: int, block: ND
         if place < entry.count:
             break
         place -= entry.count
-    bad = [s for s in used if not np.isfinite(s.read(entry.name)).all()]
+    bad = [s for s in used if not np.isfinite(s.stored(entry.name)).all()]
     for snapshot in bad:
         snapshot.verify()  # damage shall be called damage
     culprits = [snapshot.path for snapshot in bad]

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posthoc_ema.encoding import ITEM_SIZE
+from posthoc_ema.blocks import BLOCK, block_bytes
+from posthoc_ema.encoding import block_bits, stored_size
 from posthoc_ema.errors import CorruptSnapshotError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TensorEntry:
 
     Attributes:
         name: Its name in the state dict.
-        dtype: Safetensors name of its type.
+        dtype: Safetensors name of its type, or one of our block types.
         shape: Its shape.
         offset: Of its first byte, from the start of the file.
     """
@@ -56,7 +57,15 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Number of bytes."""
-        return self.count * ITEM_SIZE[self.dtype]
+        return stored_size(self.dtype, self.count)
+
+    def stored(self) -> TensorEntry:
+        """As safetensors knows it: of block types, the bytes."""
+        bits = block_bits(self.dtype)
+        if bits is None:
+            return self
+        shape = (-(-self.count // BLOCK), block_bytes(bits))
+        return TensorEntry(self.name, "U8", shape, self.offset)
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,8 @@ class TensorFileWriter:
         for entry in entries:
             end = offset + entry.nbytes
             self._table[entry.name] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
+                "dtype": entry.stored().dtype,
+                "shape": list(entry.stored().shape),
                 "data_offsets": [offset, end],
             }
             offset = end
