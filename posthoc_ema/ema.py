@@ -13,7 +13,7 @@ from typing import Any
 from posthoc_ema.encoding import check_encoding
 from posthoc_ema.errors import NonFiniteError, StateError, StructureError
 from posthoc_ema.profiles import Profile, as_profile, profile_from_dict
-from posthoc_ema.schedule import Every, Schedule, update_weight
+from posthoc_ema.schedule import Every, Schedule, ThinningSchedule, update_weight
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
 from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.trackers.base import Selection, Tracker
@@ -41,7 +41,9 @@ class EMA:
         snapshots: Folder for snapshots; None keeps none.
         every: Interval between snapshots, in units of t: one of each track is written by the
             first update at or past each multiple.
-        schedule: Instead of ``every``, any :class:`posthoc_ema.schedule.Schedule`.
+        schedule: Instead of ``every``, any :class:`posthoc_ema.schedule.Schedule`. One that
+            thins, like that of :func:`posthoc_ema.plan` for an open end, deletes snapshots which
+            this run wrote, after newer ones are on disk.
         encoding: Storage precision of snapshots: ``"float32"`` (averages as they are kept),
             ``"float16"`` or ``"bfloat16"``.
         include: Track only tensors whose names match one of these shell-style patterns.
@@ -217,6 +219,7 @@ class EMA:
             written.append(snapshot)
             self._written.append(snapshot)
         self._handled = self._t
+        self._thin()
         return written
 
     def average(self, sigma_rel: float | Profile | None = None) -> Any:
@@ -400,6 +403,21 @@ class EMA:
         if self._store is not None and is_writer():
             self._store.claim(self._identity(), t)
         self._claimed = True
+
+    def _thin(self) -> None:
+        """Delete what the schedule does not keep: this run's own, up to the present time."""
+        if self._store is None or not isinstance(self._schedule, ThinningSchedule):
+            return
+        own = [
+            s
+            for s in self._store.scan()[0]
+            if s.run.run_id == self._run_id and s.profile in self._profiles and s.t <= self._t
+        ]
+        # The newest, just written, is what makes the others dispensable.
+        kept = {*self._schedule.keep(sorted({s.t for s in own}), self._t), self._t}
+        doomed = [s for s in own if s.t not in kept]
+        if doomed:
+            self._store.delete(doomed)
 
     def _identity(self) -> RunIdentity:
         return RunIdentity(self._run_id, self._unit, self._bound().framework, self._t_first)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import floor, inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -77,6 +77,19 @@ class Schedule(Protocol):
 
     def due(self, t_previous: float, t: float) -> bool:
         """Whether the update from ``t_previous`` (0 at the first) to ``t`` writes one."""
+
+
+@runtime_checkable
+class ThinningSchedule(Schedule, Protocol):
+    """Decides too which snapshots stay; :class:`posthoc_ema.EMA` deletes the others.
+
+    It is asked after the snapshots of a time are safely on disk, and only about those that this
+    run wrote to this folder. What it answers shall follow from its arguments alone, so that a
+    resumed run goes on as if it had not stopped.
+    """
+
+    def keep(self, times: Sequence[float], t: float) -> Collection[float]:
+        """Those of the stored ``times``, rising up to the present ``t``, that stay."""
 
 
 @dataclass(frozen=True)
