@@ -17,6 +17,7 @@ from posthoc_ema.conversion import sigma_rel_to_gamma as sigma_rel_to_gamma
 from posthoc_ema.ema import EMA as EMA
 from posthoc_ema.errors import CorruptSnapshotError as CorruptSnapshotError
 from posthoc_ema.errors import ForeignSnapshotError as ForeignSnapshotError
+from posthoc_ema.errors import MissingInputError as MissingInputError
 from posthoc_ema.errors import NonFiniteError as NonFiniteError
 from posthoc_ema.errors import PosthocEMAError as PosthocEMAError
 from posthoc_ema.errors import SnapshotError as SnapshotError

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_framework
-from posthoc_ema.encoding import Digest
 from posthoc_ema.errors import SnapshotError
 from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.profiles import Profile, as_profile
@@ -161,7 +160,7 @@ def reconstruct(
         Group(members, np.stack([s[p].coefficients for s, p in zip(solutions, key, strict=True)]))
         for key, members in assignment.items()
     ]
-    copies = _read_copies(usable[-1]) if names is None else []
+    copies = usable[-1].copy_sources() if names is None else []
 
     memory = MemorySink(len(goals))
     files: list[list[Path]] = [[] for _ in goals]
@@ -296,20 +295,6 @@ def _result(
         files=files,
         _load=load,
     )
-
-
-def _read_copies(snapshot: Snapshot) -> list[CopySource]:
-    """Buffers and integer tensors, checked against their digest."""
-    copies, digest = [], Digest(snapshot.section_size("copies"))
-    with snapshot.opened() as file:
-        for name in snapshot.copies:
-            entry = snapshot.entries[name]
-            raw = np.empty(entry.nbytes, np.uint8)
-            snapshot.read_bytes(file, entry.offset, raw)
-            digest.update(raw)
-            copies.append(CopySource(name, entry.shape, entry.dtype, raw))
-    snapshot.check_digest("copies", digest)
-    return copies
 
 
 def _loaded(

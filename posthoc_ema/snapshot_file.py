@@ -231,7 +231,8 @@ class Snapshot:
         entry = self._entry(name)
         if entry.name not in self.averages:
             return as_numpy(self._raw(entry), entry.dtype, entry.shape)
-        return self._decoded(entry.name, {}).reshape(entry.shape)
+        kind = np.float64 if entry.dtype == "F64" else np.float32
+        return self._decoded(entry.name, {}).astype(kind, copy=False).reshape(entry.shape)
 
     def stored(self, name: str) -> NDArray[Any]:
         """What the file itself holds of one average, flat: of block types, the residual."""
@@ -251,8 +252,9 @@ class Snapshot:
                         f"{self.path} is stored as its difference from a prediction; take it from "
                         "SnapshotStore(folder).list(), which finds what it was predicted from"
                     )
+                out = out.astype(np.float64)  # rounding would add up along the chain
                 for factor, other in self.inputs:
-                    out += np.float32(factor) * other._decoded(name, known).astype(np.float32)
+                    out += factor * other._decoded(name, known)
             known[key] = out
         return known[key]
 
@@ -261,6 +263,21 @@ class Snapshot:
         with self.opened() as file:
             self.read_bytes(file, entry.offset, raw)
         return raw
+
+    def copy_sources(self) -> list[CopySource]:
+        """Buffers and integer tensors, checked against their digest.
+
+        Raises:
+            CorruptSnapshotError: If a byte changed or is missing.
+        """
+        copies, digest = [], Digest(self.section_size("copies"))
+        for name in self.copies:
+            entry = self.entries[name]
+            raw = self._raw(entry)
+            digest.update(raw)
+            copies.append(CopySource(name, entry.shape, entry.dtype, raw))
+        self.check_digest("copies", digest)
+        return copies
 
     def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> None:
         """Read every byte and compare with the digests.
@@ -359,6 +376,7 @@ def write_snapshot(
     aliases: Mapping[str, str] | None = None,
     encoding: str = "float32",
     prediction: Prediction | None = None,
+    rounded_before: float = 0.0,
 ) -> None:
     """Write one file, in two passes over the averages and without a copy of them.
 
@@ -374,6 +392,7 @@ def write_snapshot(
             whose values it cannot hold.
         prediction: With it, encodings that have a type for residuals store what remains of each
             tensor, where that is smaller.
+        rounded_before: Mean squared rounding error that the averages carry already.
 
     Raises:
         NonFiniteError: If an average holds NaN or infinity.
@@ -428,7 +447,10 @@ def write_snapshot(
         digest = {part: stream.hexdigest() for part, stream in digests.items()}
         metadata = {
             **identity,
-            "statistics": {**size, "rounding_square": rounding / max(size["count"], 1)},
+            "statistics": {
+                **size,
+                "rounding_square": rounded_before + rounding / max(size["count"], 1),
+            },
             "digest": digest,
         }
         digest["header"] = _header_digest(metadata, entries)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +21,7 @@ from posthoc_ema.errors import (
 )
 from posthoc_ema.prediction import predict
 from posthoc_ema.profiles import PowerFunction, Profile
+from posthoc_ema.reencode import dependants, write_again
 from posthoc_ema.snapshot_file import (
     AverageSource,
     CopySource,
@@ -26,10 +29,11 @@ from posthoc_ema.snapshot_file import (
     Snapshot,
     write_snapshot,
 )
-from posthoc_ema.tensorfile import sync_directory
+from posthoc_ema.tensorfile import sync_directory, write_text_atomically
 
 SUFFIX = ".safetensors"
 ABANDONED = "abandoned"
+_REWRITTEN, _JOURNAL = ".rewritten", ".rewritten.json"
 
 Snapshots = list[Snapshot]  # inside the class, ``list`` is its method
 
@@ -73,6 +77,9 @@ class SnapshotStore:
 
     def scan(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
         """All readable snapshots in order, and an error for each file that is not one."""
+        if (self.path / _JOURNAL).exists():  # a deletion was killed half-way
+            with self._writing():
+                pass
         snapshots, problems = [], []
         for path in self._files():
             try:
@@ -172,31 +179,83 @@ class SnapshotStore:
                     "to write the same run. Stop one of them"
                 )
 
-    def delete(self, snapshots: Iterable[Snapshot]) -> int:
+    def delete(
+        self,
+        snapshots: Iterable[Snapshot],
+        progress: Callable[[int], object] = lambda nbytes: None,
+    ) -> int:
         """Delete snapshots of this store; return the bytes freed.
 
+        Others that were predicted from them are written once more, from what stays; a kill at
+        any instant leaves either the old files or the new ones.
+
+        Args:
+            snapshots: Which.
+            progress: Called with the number of bytes read for those written once more.
+
         Raises:
-            SnapshotError: If another one that stays was predicted from one of them.
+            SnapshotError: If one is not of this store, or another is damaged.
+            SnapshotWriteError: If files cannot be written or deleted.
         """
-        freed = 0
-        snapshots = list(snapshots)
         going = {snapshot.path for snapshot in snapshots}
+        for path in going:
+            if path.parent != self.path:
+                raise SnapshotError(f"{path} is not in {self.path}")
+        before = self._bytes()
         with self._writing():
-            for other in self.scan()[0]:
-                for _, needed in other.inputs:
-                    if needed.path in going and other.path not in going:
-                        raise SnapshotError(
-                            f"{needed.path} cannot be deleted alone: {other.path} is stored as "
-                            "its difference from a prediction that needs it. Convert the folder "
-                            "to another encoding first (posthoc-ema convert), or delete both"
-                        )
-            for snapshot in snapshots:
-                if snapshot.path.parent != self.path:
-                    raise SnapshotError(f"{snapshot.path} is not in {self.path}")
-                snapshot.path.unlink(missing_ok=True)
-                freed += snapshot.nbytes
-            sync_directory(self.path)
-        return freed
+            present = self.scan()[0]
+            kept = [s for s in present if s.path not in going]
+            again = dependants(kept, [s for s in present if s.path in going])
+            if again:
+                rewritten = {s.path for s in again}
+                self._write_again(again, [s for s in kept if s.path not in rewritten], progress)
+            self._finish_deleting([path.name for path in going], [s.path.name for s in again])
+        return before - self._bytes()
+
+    def _write_again(
+        self, again: Snapshots, others: Snapshots, progress: Callable[[int], object]
+    ) -> None:
+        """New files beside the old ones, in a hidden folder."""
+        folder = self.path / _REWRITTEN
+        folder.mkdir(exist_ok=True)
+        for snapshot in again:
+            new = SnapshotStore(folder)
+            earlier = sorted([*others, *new._connected(others)], key=lambda s: s.t)
+            earlier = [s for s in earlier if s.t <= snapshot.t]
+            write_again(snapshot, folder / snapshot.path.name, snapshot.encoding, earlier, progress)
+
+    def _finish_deleting(self, going: Sequence[str], again: Sequence[str]) -> None:
+        """Exchange and delete, so that it can be finished after a kill."""
+        journal = self.path / _JOURNAL
+        if again:
+            write_text_atomically(journal, json.dumps({"delete": going, "replace": again}))
+        for name in again:
+            source = self.path / _REWRITTEN / name
+            if source.exists():  # else it was exchanged before a kill
+                os.replace(source, self.path / name)
+        for name in going:
+            (self.path / name).unlink(missing_ok=True)
+        sync_directory(self.path)
+        journal.unlink(missing_ok=True)
+        shutil.rmtree(self.path / _REWRITTEN, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Finish a deletion that was killed, or forget what it had prepared."""
+        journal = self.path / _JOURNAL
+        if journal.exists():
+            work = json.loads(journal.read_text(encoding="utf-8"))
+            self._finish_deleting(work["delete"], work["replace"])
+        elif (self.path / _REWRITTEN).exists():
+            shutil.rmtree(self.path / _REWRITTEN, ignore_errors=True)
+
+    def _bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._files())
+
+    def _connected(self, others: Sequence[Snapshot]) -> Snapshots:
+        """Snapshots of this folder, predicted from each other and from others."""
+        own = [self._open(path) for path in self._files()]
+        connected = _with_inputs_found([*others, *own])[0]
+        return [s for s in connected if s.path.parent == self.path]
 
     def _files(self) -> Iterator[Path]:
         if self.path.is_dir():
@@ -243,6 +302,7 @@ class SnapshotStore:
                     except OSError as error:  # nor has every network file system
                         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                             raise
+                self._recover()
                 yield
         except OSError as error:
             if isinstance(error, SnapshotError):
