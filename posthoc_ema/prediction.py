@@ -8,8 +8,8 @@ whole again: one lost file costs few others, and no chain grows long to read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from posthoc_ema.errors import PosthocEMAError
 from posthoc_ema.movement import Movement
 from posthoc_ema.profiles import Profile
 from posthoc_ema.sinks import MemorySink
-from posthoc_ema.snapshot_file import AverageSource, Prediction, Snapshot
+from posthoc_ema.snapshot_file import AverageSource, Snapshot
+from posthoc_ema.snapshot_writing import Prediction
 from posthoc_ema.solve import solve
 from posthoc_ema.streaming import Group, stream
 
@@ -30,11 +31,18 @@ WHOLE_EVERY = 16
 INPUTS = 6
 """Snapshots that a prediction takes in; more say no more."""
 
+MEMORY_BYTES = 2 << 30
+"""Of decoded snapshots held for the next prediction."""
+
 _RIDGE = 1e-4  # storage noise of the inputs, relative to the movement in one interval
 
 
 def predict(
-    earlier: Sequence[Snapshot], t: float, profile: Profile, averages: Sequence[AverageSource]
+    earlier: Sequence[Snapshot],
+    t: float,
+    profile: Profile,
+    averages: Sequence[AverageSource],
+    decoded: Mapping[str, Mapping[str, NDArray[Any]]],
 ) -> Prediction | None:
     """Predict the snapshot of a run at ``t``; None where it shall be stored whole.
 
@@ -43,32 +51,74 @@ def predict(
         t: Time of the new one.
         profile: Its profile.
         averages: Its tensors.
+        decoded: Arrays of some of them that are in memory, by header digest; from these alone,
+            if there are any, else from all that are read from disk.
     """
     inputs = _choose(earlier, t)
+    inputs = [s for s in inputs if s.digests["header"] in decoded] or inputs
     if not inputs:
         return None
-    coefficients = _coefficients(inputs, t, profile)
-    names = [
+    names = frozenset(
         source.name
         for source in averages
         if all(
             source.name in s.averages and s.entries[source.name].shape == source.shape
             for s in inputs
         )
-    ]
-    sink = MemorySink(1)
-    try:
-        groups = [Group(names, coefficients[None])] if names else []
-        everything = all(len(names) == len(s.averages) for s in inputs)
-        stream(inputs, groups, sink, check=everything, progress=lambda nbytes: None)
-    except (PosthocEMAError, OSError) as error:
-        warnings.warn(f"a snapshot is stored whole, for {error}", stacklevel=2)
-        return None
+    )
+    coefficients = _coefficients(inputs, t, profile)
+    terms: list[tuple[float, Mapping[str, NDArray[Any]]]]
+    if inputs[0].digests["header"] in decoded:
+        terms = [
+            (float(x), decoded[s.digests["header"]])
+            for x, s in zip(coefficients, inputs, strict=True)
+        ]
+    else:
+        sink = MemorySink(1)
+        try:
+            groups = [Group(sorted(names), coefficients[None])] if names else []
+            everything = all(len(names) == len(s.averages) for s in inputs)
+            stream(inputs, groups, sink, check=everything, progress=lambda nbytes: None)
+        except (PosthocEMAError, OSError) as error:
+            warnings.warn(f"a snapshot is stored whole, for {error}", stacklevel=2)
+            return None
+        terms = [(1.0, {name: values.reshape(-1) for name, values in sink.arrays[0].items()})]
     return Prediction(
         list(zip(coefficients.tolist(), inputs, strict=True)),
-        {name: values.reshape(-1) for name, values in sink.arrays[0].items()},
-        first=all(s.t < t for s in inputs),
+        all(s.t < t for s in inputs),
+        terms,
+        names,
     )
+
+
+class Memory:
+    """The last snapshots as they decode, so that predicting the next reads nothing.
+
+    Holds as many as a prediction takes in, within :data:`MEMORY_BYTES`, but always those of the
+    last time.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, Mapping[str, NDArray[Any]]] = {}
+        self._times: dict[str, float] = {}
+
+    def add(self, snapshot: Snapshot, decoded: Mapping[str, NDArray[Any]]) -> None:
+        """Remember one more."""
+        key = snapshot.digests["header"]
+        self.arrays[key], self._times[key] = decoded, snapshot.t
+        while len(self.arrays) > INPUTS or self._size() > MEMORY_BYTES:
+            oldest = next(iter(self.arrays))
+            if self._times[oldest] == snapshot.t:
+                break
+            del self.arrays[oldest], self._times[oldest]
+
+    def clear(self) -> None:
+        """Forget all: files were replaced."""
+        self.arrays.clear()
+        self._times.clear()
+
+    def _size(self) -> int:
+        return sum(values.nbytes for arrays in self.arrays.values() for values in arrays.values())
 
 
 def _choose(earlier: Sequence[Snapshot], t: float) -> list[Snapshot]:

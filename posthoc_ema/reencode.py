@@ -11,9 +11,10 @@ import numpy as np
 
 from posthoc_ema.chain import with_inputs
 from posthoc_ema.encoding import ENCODINGS
-from posthoc_ema.prediction import predict
+from posthoc_ema.prediction import Memory, predict
 from posthoc_ema.sinks import MemorySink
-from posthoc_ema.snapshot_file import AverageSource, Snapshot, write_snapshot
+from posthoc_ema.snapshot_file import AverageSource, Snapshot
+from posthoc_ema.snapshot_writing import write_snapshot
 from posthoc_ema.streaming import Group, stream
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def write_again(
     path: Path,
     encoding: str,
     earlier: Sequence[Snapshot],
+    memory: Memory,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Write a snapshot to another file; what it lost by rounding before stays on record.
@@ -34,6 +36,7 @@ def write_again(
         path: Where.
         encoding: In which encoding.
         earlier: Snapshots that it may be predicted from.
+        memory: Of some of them; receives this one.
         progress: Called with the number of bytes read.
 
     Raises:
@@ -42,8 +45,10 @@ def write_again(
     """
     sources = decoded_sources(snapshot, progress)
     prediction = None
+    decoded: dict[str, NDArray[Any]] | None = None
     if ENCODINGS[encoding].residuals:
-        prediction = predict(earlier, snapshot.t, snapshot.profile, sources)
+        decoded = {}
+        prediction = predict(earlier, snapshot.t, snapshot.profile, sources, memory.arrays)
     write_snapshot(
         path,
         snapshot.run,
@@ -55,7 +60,10 @@ def write_again(
         encoding,
         prediction,
         rounded_before=snapshot.statistics["rounding_square"],
+        decoded=decoded,
     )
+    if decoded is not None:
+        memory.add(Snapshot.open(path), decoded)
 
 
 def decoded_sources(

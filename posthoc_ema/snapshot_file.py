@@ -17,30 +17,22 @@ import numpy as np
 
 from posthoc_ema.blocks import BITS, BLOCK, block_bytes
 from posthoc_ema.encoding import (
-    ENCODINGS,
     Digest,
-    alignment,
     as_numpy,
     block_bits,
     bytes_digest,
-    check_encoding,
     decode_into,
-    encode,
-    stored_dtype,
-    sum_of_squares,
 )
 from posthoc_ema.errors import (
     CorruptSnapshotError,
     ForeignSnapshotError,
     MissingInputError,
-    NonFiniteError,
     SnapshotError,
     SnapshotVersionError,
 )
 from posthoc_ema.profiles import Profile, profile_from_dict
 from posthoc_ema.tensorfile import (
     TensorEntry,
-    TensorFileWriter,
     canonical_json,
     read_header,
     read_range,
@@ -50,7 +42,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
-_NO_DIGEST = "0" * 32
 _AVERAGE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -113,21 +104,6 @@ class Link:
     coefficient: float
     header: str
     name: str
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a snapshot is expected to be.
-
-    Attributes:
-        inputs: (coefficient, snapshot) from which.
-        values: Flat arrays by name.
-        first: Whether no other snapshot of the same time is among the inputs.
-    """
-
-    inputs: Sequence[tuple[float, Snapshot]]
-    values: Mapping[str, NDArray[Any]]
-    first: bool
 
 
 @dataclass(frozen=True)
@@ -198,7 +174,7 @@ class Snapshot:
                 f"{FORMAT_VERSION}; upgrade posthoc-ema"
             )
         try:
-            if data["digest"]["header"] != _header_digest(data, header.entries.values()):
+            if data["digest"]["header"] != header_digest(data, header.entries.values()):
                 raise ValueError("its digest does not match")
             entries = {
                 name: _block_entry(entry, data["blocks"][name]) if name in data["blocks"] else entry
@@ -366,156 +342,6 @@ class Snapshot:
         return self.entries[name]
 
 
-def write_snapshot(
-    path: Path,
-    run: RunIdentity,
-    t: float,
-    profile: Profile,
-    averages: Sequence[AverageSource],
-    copies: Sequence[CopySource] = (),
-    aliases: Mapping[str, str] | None = None,
-    encoding: str = "float32",
-    prediction: Prediction | None = None,
-    rounded_before: float = 0.0,
-) -> None:
-    """Write one file, in two passes over the averages and without a copy of them.
-
-    Args:
-        path: Where; durable and complete when this returns, absent if it raises.
-        run: What it shares with the other snapshots of its run.
-        t: Time of the average.
-        profile: Its averaging profile.
-        averages: Averaged tensors, streamed in chunks.
-        copies: Buffers and integer tensors.
-        aliases: Tied names, each with the name that is stored.
-        encoding: Storage precision; float16 gives way to the precision in memory for a tensor
-            whose values it cannot hold.
-        prediction: With it, encodings that have a type for residuals store what remains of each
-            tensor, where that is smaller.
-        rounded_before: Mean squared rounding error that the averages carry already.
-
-    Raises:
-        NonFiniteError: If an average holds NaN or infinity.
-        OSError: If the file cannot be written.
-    """
-    check_encoding(encoding)
-    entries, size = _plan_file(path, averages, copies, encoding, prediction)
-    blocks = {e.name: list(e.shape) for e in entries if block_bits(e.dtype) is not None}
-    predicted = prediction.values if prediction and blocks else {}
-    inputs = prediction.inputs if prediction and blocks else ()
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "run_id": run.run_id,
-        "t": t,
-        "t_first": run.t_first,
-        "unit": run.unit,
-        "framework": run.framework,
-        "profile": profile.to_dict(),
-        "encoding": encoding,
-        # Pairs, not a mapping: the model's order shall survive.
-        "averages": [[source.name, source.dtype] for source in averages],
-        "aliases": dict(aliases or {}),
-        "blocks": blocks,
-        "prediction": [[x, s.digests["header"], s.path.name] for x, s in inputs],
-    }
-    empty = {"averages": _NO_DIGEST, "copies": _NO_DIGEST, "header": _NO_DIGEST}
-    # The digits of a float vary in number: reserve the longest.
-    longest = {**size, "rounding_square": -1.2345678901234567e-300}
-    sources = {source.name: source for source in averages}
-    copied = {source.name: source for source in copies}
-    sizes = {"averages": 0, "copies": 0}
-    for entry in entries:
-        sizes["copies" if entry.name in copied else "averages"] += entry.nbytes
-    digests = {part: Digest(size) for part, size in sizes.items()}
-    rounding = 0.0
-    with TensorFileWriter(
-        path, entries, {**identity, "statistics": longest, "digest": empty}
-    ) as writer:
-        for entry in entries:
-            if entry.name in copied:
-                digests["copies"].update(copied[entry.name].data)
-                writer.write(copied[entry.name].data)
-                continue
-            chunks: Iterable[NDArray[Any]] = sources[entry.name].chunks()
-            if entry.name in blocks:
-                chunks = _residuals(chunks, predicted[entry.name])
-            for chunk in chunks:
-                stored, square = encode(chunk, entry.dtype)
-                digests["averages"].update(stored)
-                writer.write(stored)
-                rounding += square
-        digest = {part: stream.hexdigest() for part, stream in digests.items()}
-        metadata = {
-            **identity,
-            "statistics": {
-                **size,
-                "rounding_square": rounded_before + rounding / max(size["count"], 1),
-            },
-            "digest": digest,
-        }
-        digest["header"] = _header_digest(metadata, entries)
-        writer.commit(metadata)
-
-
-def _plan_file(
-    path: Path,
-    averages: Sequence[AverageSource],
-    copies: Sequence[CopySource],
-    encoding: str,
-    prediction: Prediction | None,
-) -> tuple[list[TensorEntry], dict[str, float]]:
-    """First pass over the values: are they finite, how large, and so in what type stored."""
-    entries, total, count = [], 0.0, 0
-    for source in averages:
-        square, largest, size, finite, remaining = 0.0, 0.0, 0, True, 0.0
-        predicted = prediction.values.get(source.name) if prediction else None
-        for chunk in source.chunks():
-            if predicted is not None:
-                remaining += sum_of_squares(chunk - predicted[size : size + len(chunk)])
-            square += sum_of_squares(chunk)
-            # A finite sum of squares proves it at no cost; float64 can overflow all the same.
-            finite &= bool(np.isfinite(square)) or bool(np.isfinite(chunk).all())
-            if encoding != "float32" and len(chunk):
-                largest = max(largest, float(chunk.max()), -float(chunk.min()))
-            size += len(chunk)
-        if not finite:
-            raise NonFiniteError(
-                f"the average of {source.name!r} holds NaN or infinity, so {path} was not "
-                "written. Resume from a checkpoint before the weights went bad; "
-                'EMA(nonfinite="skip") leaves such steps out of the averages'
-            )
-        square = min(square, float(np.finfo(np.float64).max))
-        dtype = stored_dtype(encoding, source.kept, largest, (square / max(size, 1)) ** 0.5)
-        residuals = ENCODINGS[encoding].residuals
-        # Scalars and the like are too small to gain by it, and may matter much.
-        if prediction and residuals and size >= BLOCK and remaining < square / 4:
-            dtype = residuals[not prediction.first]
-        entries.append(TensorEntry(source.name, dtype, source.shape))
-        total, count = total + square, count + size
-    entries += [TensorEntry(source.name, source.dtype, source.shape) for source in copies]
-    # Larger elements first, so that every tensor is aligned to its own type.
-    entries.sort(key=lambda entry: -alignment(entry.dtype))
-    return entries, {"count": count, "mean_square": total / max(count, 1)}
-
-
-def _residuals(
-    chunks: Iterable[NDArray[Any]], predicted: NDArray[Any]
-) -> Iterator[NDArray[np.float32]]:
-    """What remains of a tensor, in whole blocks but for the end."""
-    done, rest = 0, np.empty(0, np.float32)
-    for chunk in chunks:
-        residual = (chunk - predicted[done : done + len(chunk)]).astype(np.float32, copy=False)
-        done += len(chunk)
-        if len(rest):
-            residual = np.concatenate([rest, residual])
-        whole = len(residual) // BLOCK * BLOCK
-        rest = residual[whole:]
-        if whole:
-            yield residual[:whole]
-    if len(rest):
-        yield rest
-
-
 def _block_entry(entry: TensorEntry, shape: Sequence[int]) -> TensorEntry:
     """A tensor of blocks with the shape of its numbers."""
     bits = (entry.shape[1] - block_bytes(0)) * 8 // BLOCK
@@ -525,7 +351,7 @@ def _block_entry(entry: TensorEntry, shape: Sequence[int]) -> TensorEntry:
     return found
 
 
-def _header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -> str:
+def header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -> str:
     """Digest of all metadata but itself, and of the table of tensors."""
     digest = {key: value for key, value in metadata["digest"].items() if key != "header"}
     table = [[e.name, e.stored().dtype, *e.stored().shape] for e in entries]

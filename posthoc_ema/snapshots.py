@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from posthoc_ema.encoding import ENCODINGS, check_encoding
 from posthoc_ema.errors import (
@@ -19,7 +20,7 @@ from posthoc_ema.errors import (
     SnapshotWriteError,
     StructureError,
 )
-from posthoc_ema.prediction import predict
+from posthoc_ema.prediction import Memory, predict
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.reencode import dependants, write_again
 from posthoc_ema.snapshot_file import (
@@ -27,9 +28,12 @@ from posthoc_ema.snapshot_file import (
     CopySource,
     RunIdentity,
     Snapshot,
-    write_snapshot,
 )
+from posthoc_ema.snapshot_writing import write_snapshot
 from posthoc_ema.tensorfile import sync_directory, write_text_atomically
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SUFFIX = ".safetensors"
 ABANDONED = "abandoned"
@@ -53,6 +57,7 @@ class SnapshotStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._headers: dict[Path, tuple[tuple[int, int], Snapshot]] = {}
+        self._memory = Memory()
 
     def __repr__(self) -> str:
         return f"SnapshotStore({str(self.path)!r})"
@@ -156,10 +161,26 @@ class SnapshotStore:
                     "write the same run. Give snapshots= to one of them only"
                 )
             prediction = None
+            decoded: dict[str, NDArray[Any]] | None = None
             if ENCODINGS[check_encoding(encoding)].residuals:
-                prediction = predict(earlier, t, profile, averages)
-            write_snapshot(path, run, t, profile, averages, copies, aliases, encoding, prediction)
-            return next(s for s in self.scan()[0] if s.path == path)
+                decoded = {}
+                prediction = predict(earlier, t, profile, averages, self._memory.arrays)
+            write_snapshot(
+                path,
+                run,
+                t,
+                profile,
+                averages,
+                copies,
+                aliases,
+                encoding,
+                prediction,
+                decoded=decoded,
+            )
+            written = next(s for s in self.scan()[0] if s.path == path)
+            if decoded is not None:
+                self._memory.add(written, decoded)
+            return written
 
     def check_unchanged(self, written: Iterable[Snapshot]) -> None:
         """Make sure that nobody replaced these snapshots; that they were pruned is fine.
@@ -218,15 +239,19 @@ class SnapshotStore:
         """New files beside the old ones, in a hidden folder."""
         folder = self.path / _REWRITTEN
         folder.mkdir(exist_ok=True)
+        memory = Memory()
         for snapshot in again:
             new = SnapshotStore(folder)
             earlier = sorted([*others, *new._connected(others)], key=lambda s: s.t)
             earlier = [s for s in earlier if s.t <= snapshot.t]
-            write_again(snapshot, folder / snapshot.path.name, snapshot.encoding, earlier, progress)
+            write_again(
+                snapshot, folder / snapshot.path.name, snapshot.encoding, earlier, memory, progress
+            )
 
     def _finish_deleting(self, going: Sequence[str], again: Sequence[str]) -> None:
         """Exchange and delete, so that it can be finished after a kill."""
         journal = self.path / _JOURNAL
+        self._memory.clear()
         if again:
             write_text_atomically(journal, json.dumps({"delete": going, "replace": again}))
         for name in again:
@@ -329,6 +354,7 @@ def _with_inputs_found(
     """Connect snapshots with those that they were predicted from."""
     by_header = {snapshot.digests["header"]: snapshot for snapshot in snapshots}
     done: dict[str, Snapshot] = {}
+    found: Snapshots = []
     broken: Snapshots = []
     waiting = sorted(snapshots, key=lambda s: s.t)
     while waiting:
@@ -336,7 +362,8 @@ def _with_inputs_found(
         for snapshot in waiting:
             if all(link.header in done for link in snapshot.links):
                 inputs = tuple((link.coefficient, done[link.header]) for link in snapshot.links)
-                done[snapshot.digests["header"]] = replace(snapshot, inputs=inputs)
+                found.append(replace(snapshot, inputs=inputs))
+                done[snapshot.digests["header"]] = found[-1]
             else:
                 later.append(snapshot)
         if len(later) == len(waiting):
@@ -354,7 +381,7 @@ def _with_inputs_found(
                 "without it"
             )
         )
-    return list(done.values()), problems
+    return found, problems
 
 
 def _check_one_run(snapshots: Sequence[Snapshot]) -> None:

@@ -7,7 +7,6 @@ of all targets: memory does not depend on the size of the model or the number of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.kernels import fastest_kernel
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
+from posthoc_ema.workers import Workers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,6 @@ _BLOCK_BYTES = 8 * Digest.PIECE  # read of each file at once
 _TOGETHER = 16  # files whose blocks are read before they are multiplied
 _TILE = 1 << 16  # elements multiplied at once: decoded, those of all files stay in the cache
 _RESULTS = 1 << 21  # elements of all targets that a block may have
-_MAX_THREADS = 8
 _KEPT_OPEN = 128  # files: systems allow so many; others are opened block by block
 
 
@@ -141,22 +140,16 @@ class _Reader:
         self._files: list[int] = []
 
     def __enter__(self) -> _Reader:
-        from concurrent.futures import ThreadPoolExecutor  # slow to import
-
-        threads = min(_usable_cores(), _MAX_THREADS)
         with ExitStack() as stack:
             stack.callback(self._kernel.leave)
             self._files = [
                 stack.enter_context(snapshot.opened()) for snapshot in self._snapshots[:_KEPT_OPEN]
             ]
-            self._pool = stack.enter_context(
-                ThreadPoolExecutor(threads, initializer=self._kernel.enter_thread)
-            )
+            self._workers = stack.enter_context(Workers(self._kernel.enter_thread))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
-        self._pool.shutdown(cancel_futures=True)
         return self._stack.__exit__(*error)
 
     def combine(self, run: _Run, write: Callable[[int, NDArray[Any]], None]) -> Iterator[int]:
@@ -166,13 +159,14 @@ class _Reader:
         size = min(_BLOCK_BYTES * BLOCK // smallest, max(_RESULTS // targets, 1 << 12))
         size = 1 << (size.bit_length() - 1)  # whole pieces of files, or whole fractions of them
         starts = range(0, run.count, size)
-        stops = [*starts[1:], run.count]
-        yield from self._pool.map(partial(self._combine, run, write), starts, stops)
+        blocks = ((start, min(start + size, run.count)) for start in starts)
+        yield from self._workers.in_order(partial(self._combine, run, write), blocks)
 
     def _combine(
-        self, run: _Run, write: Callable[[int, NDArray[Any]], None], start: int, stop: int
+        self, run: _Run, write: Callable[[int, NDArray[Any]], None], block: tuple[int, int]
     ) -> int:
         """One block of the results."""
+        start, stop = block
         count, dtype = stop - start, run.coefficients.dtype
         base = np.empty(count, dtype)
         stored = self._read(run, [run.reference], start, count)
@@ -235,12 +229,6 @@ class _Reader:
             buffer = np.empty(size, np.uint8)
             setattr(self._buffers, name, buffer)
         return buffer[:size]
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _runs(

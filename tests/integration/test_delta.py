@@ -150,10 +150,12 @@ def test_damage_while_training_costs_a_prediction_only(tmp_path: Path) -> None:
     data = bytearray(damaged.path.read_bytes())
     data[damaged.entries["conv"].offset + 1000] ^= 4
     damaged.path.write_bytes(data)
+    resumed = EMA(snapshots=tmp_path / "ema", every=10, encoding="delta8")
+    resumed.load_state_dict(ema.state_dict())
     weights = ema.average(0.05)
     with pytest.warns(UserWarning, match="stored whole"):
         for _ in range(10):
-            ema.update(weights)
+            resumed.update(weights)
     assert not [s for s in SnapshotStore(tmp_path / "ema").list() if s.t == 210][0].links
 
 
