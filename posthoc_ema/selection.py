@@ -194,7 +194,7 @@ def growing(pool: Pool, required: Iterable[int] = ()) -> Iterator[Choice]:
         A choice of the required times alone, then of one more each; what was yielded before
         may have changed.
     """
-    choice, exchange_at = Choice(pool, required), 4
+    choice, exchange_at = Choice(pool, required), 3
     fixed = set(choice.places)
     yield choice
     while (place := choice.best_addition()) is not None:

@@ -16,9 +16,9 @@ from posthoc_ema.selection import Choice, Pool, choose_times, dispensable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Writing starts from a good choice; after this many factors of e in time it has been replaced
-# by what thinning leaves, and errors are counted over one more factor.
-_SETTLE, _OBSERVE = 0.7, 0.7
+# Writing starts from a good choice. By e^0.5 in time it has been replaced by what thinning leaves,
+# and errors count until another e^0.5.
+_SETTLE, _OBSERVE = 0.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def simulate(thinning: Thinning, start: Sequence[float]) -> tuple[list[float], N
 
     Returns:
         The times kept last, as fractions of the last, and ``[k]`` largest errors over a factor
-        of e^0.7 in time, relative to the RMS distance that the weights travel.
+        of e^0.5 in time, relative to the RMS distance that the weights travel.
     """
     times, worst = list(start), np.zeros(len(thinning.targets))
     steps = log1p(thinning.ratio)
