@@ -25,11 +25,15 @@ from posthoc_ema.errors import SnapshotVersionError as SnapshotVersionError
 from posthoc_ema.errors import SnapshotWriteError as SnapshotWriteError
 from posthoc_ema.errors import StateError as StateError
 from posthoc_ema.errors import StructureError as StructureError
+from posthoc_ema.plan import Plan as Plan
+from posthoc_ema.plan import plan as plan
 from posthoc_ema.profiles import Custom as Custom
 from posthoc_ema.profiles import Exponential as Exponential
 from posthoc_ema.profiles import PowerFunction as PowerFunction
 from posthoc_ema.profiles import Profile as Profile
 from posthoc_ema.profiles import Uniform as Uniform
+from posthoc_ema.pruning import Pruning as Pruning
+from posthoc_ema.pruning import prune as prune
 from posthoc_ema.reconstruct import Reconstruction as Reconstruction
 from posthoc_ema.reconstruct import predict_error as predict_error
 from posthoc_ema.reconstruct import reconstruct as reconstruct

@@ -11,12 +11,13 @@ import click
 from posthoc_ema.cli.error import error
 from posthoc_ema.cli.listing import list_snapshots
 from posthoc_ema.cli.output import TeachingGroup
+from posthoc_ema.cli.plan import plan
 from posthoc_ema.cli.plot import plot
 from posthoc_ema.cli.prune import prune
 from posthoc_ema.cli.reconstruct import reconstruct
 from posthoc_ema.cli.verify import verify
 
-COMMANDS = (list_snapshots, verify, error, reconstruct, prune, plot)
+COMMANDS = (plan, list_snapshots, verify, error, reconstruct, prune, plot)
 """In the order in which one meets them."""
 
 

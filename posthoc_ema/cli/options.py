@@ -74,6 +74,24 @@ def parse_profile(text: str) -> Profile:
     return make(float(_decimal(number.strip(), text)))
 
 
+def parse_bytes(text: str) -> float:
+    """A size with or without a unit, in powers of 1000: ``20GB``.
+
+    Raises:
+        ValueError: If it is not a size > 0.
+
+    Example:
+        >>> parse_bytes("1.5 GB")
+        1500000000.0
+    """
+    bare = text.strip().upper().removesuffix("B").rstrip()
+    power = " KMGT".find(bare[-1:]) if bare[-1:].isalpha() else 0
+    size = float(_decimal(bare[:-1] if power > 0 else bare, text)) * 1000**power
+    if not size > 0:
+        raise ValueError(f"expected a size > 0, such as 20GB (got {text})")
+    return size
+
+
 class _Folder(click.ParamType):  # type: ignore[type-arg]
     name = "folder"
 
@@ -118,7 +136,19 @@ def _time(text: str) -> float:
     return int(number) if number.is_integer() else number
 
 
+def _tracks(text: str) -> Numbers | int:
+    return int(text) if text.strip().isdigit() else _sigma_rels(text)
+
+
+def _budget(text: str) -> tuple[float, bool]:
+    """A number of snapshots or a size, and whether it is a size."""
+    is_size = text.strip()[-1:].isalpha()
+    return (parse_bytes if is_size else _time)(text), is_size
+
+
 folder_argument = click.argument("store", metavar="FOLDER", type=_Folder())
+folder_type, bytes_type, time_type = _Folder(), _Parsed("size", parse_bytes), _Parsed("time", _time)
+tracks_type, budget_type = _Parsed("tracks", _tracks), _Parsed("budget", _budget)
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."

@@ -2,100 +2,99 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import click
-import numpy as np
 
-from posthoc_ema.cli.options import Numbers, folder_argument, json_option, sigma_rel_option
-from posthoc_ema.cli.output import command, echo_json, format_bytes, format_error, note, table
-from posthoc_ema.forecast import forecast
+from posthoc_ema.cli.options import (
+    Numbers,
+    bytes_type,
+    folder_argument,
+    json_option,
+    sigma_rel_option,
+)
+from posthoc_ema.cli.output import (
+    DataSaysNo,
+    command,
+    echo_json,
+    format_bytes,
+    format_error,
+    note,
+    table,
+)
+from posthoc_ema.pruning import prune as prune_store
 from posthoc_ema.snapshots import SnapshotStore
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @command("prune")
 @folder_argument
+@click.option("--keep", type=click.IntRange(min=1), help="How many times to keep; or")
+@click.option("--bytes", "max_bytes", type=bytes_type, help="size of all that stays (20GB); or")
 @click.option(
-    "--keep",
-    required=True,
-    type=click.IntRange(min=1),
-    help="How many times to keep, evenly spaced, the last one always.",
+    "--max-error",
+    type=click.FloatRange(min=0, min_open=True),
+    help="largest predicted error over --sigma-rel, for which as little as possible is kept. "
+    "Status 1 if all snapshots together have a larger one.",
 )
 @sigma_rel_option("0.01,0.02,0.03,0.05,0.075,0.1,0.15,0.2,0.25")
 @click.option("--yes", is_flag=True, help="Delete. Without it, only say what would be deleted.")
 @json_option
-def prune(store: SnapshotStore, keep: int, sigma_rel: Numbers, yes: bool, as_json: bool) -> None:
-    """Delete snapshots, keeping some times evenly spaced.
+def prune(
+    store: SnapshotStore,
+    keep: int | None,
+    max_bytes: float | None,
+    max_error: float | None,
+    sigma_rel: Numbers,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Delete snapshots, keeping those that matter.
 
-    Without --yes nothing is deleted: the command shows which files of FOLDER would go, the
-    bytes that frees, and what it costs in exactness, as predicted error before and after for
-    some EMA lengths. All tracks of a time are kept or deleted together.
+    Keeps the times that make the largest predicted error over --sigma-rel small, for averages at
+    the end of the run: say which lengths you care for. How fast the weights moved is estimated
+    from FOLDER. All tracks of a time stay or go together, and the last time always stays.
+
+    Without --yes nothing is deleted: the command shows which files would go, the bytes that
+    frees, and what it costs, as predicted error before and after.
 
     Example:
       posthoc-ema prune run/ema --keep 16
-      posthoc-ema prune run/ema --keep 16 --yes
+      posthoc-ema prune run/ema --bytes 20GB --sigma-rel 0.05,0.06,...,0.15
+      posthoc-ema prune run/ema --max-error 0.003 --yes
     """
-    snapshots = store.list()
-    times = np.unique([s.t for s in snapshots])
-    chosen = evenly_spaced(times, keep)
-    kept = [s for s in snapshots if s.t in chosen]
-    doomed = [s for s in snapshots if s.t not in chosen]
-    full = forecast(store, sigma_rel)
-    pruned = full.using(kept)
-    errors = list(zip(sigma_rel, full.predicted_error, pruned.predicted_error, strict=True))
-    freed = sum(s.nbytes for s in doomed)
-    if yes and doomed:
-        freed = store.delete(doomed)
+    if sum(limit is not None for limit in (keep, max_bytes, max_error)) != 1:
+        raise click.UsageError("give exactly one of --keep, --bytes and --max-error")
+    found = prune_store(
+        store, sigma_rel, keep=keep, max_bytes=max_bytes, max_error=max_error, delete=yes
+    )
+    kept, doomed = found.kept, found.doomed
+    before, after = found.before.predicted_error, found.after.predicted_error
+    errors = list(zip(sigma_rel, before, after, strict=True))
     if as_json:
         echo_json(
             {
                 "deleted": yes,
                 "delete": [s.path.name for s in doomed],
                 "keep": [s.path.name for s in kept],
-                "bytes_freed": freed,
+                "bytes_freed": found.bytes_freed,
+                "bytes_kept": sum(s.nbytes for s in kept),
                 "errors": [{"sigma_rel": s, "before": b, "after": a} for s, b, a in errors],
+                "worst": {"before": before.max(), "after": after.max()},
             }
         )
-        return
-    for snapshot in doomed:
-        click.echo(f"{'deleted' if yes else 'would delete'}  {snapshot.path.name}")
-    click.echo(
-        f"\n{len(doomed)} of {len(snapshots)} snapshots, {format_bytes(freed)}; "
-        f"{len(chosen)} of {len(times)} times stay\n"
-    )
-    rows = [(f"{s:.10g}", format_error(b), format_error(a)) for s, b, a in errors]
-    click.echo(table(("sigma_rel", "predicted error before", "after"), rows))
+    else:
+        for snapshot in doomed:
+            click.echo(f"{'deleted' if yes else 'would delete'}  {snapshot.path.name}")
+        times, all_times = {s.t for s in kept}, {s.t for s in (*kept, *doomed)}
+        click.echo(
+            f"\n{len(doomed)} of {len(kept) + len(doomed)} snapshots, "
+            f"{format_bytes(found.bytes_freed)}; {len(times)} of {len(all_times)} times stay\n"
+        )
+        rows = [(f"{s:.10g}", format_error(b), format_error(a)) for s, b, a in errors]
+        worst = ("worst", format_error(before.max()), format_error(after.max()))
+        click.echo(table(("sigma_rel", "predicted error before", "after"), [*rows, worst]))
     if doomed and not yes:
         note("Nothing was deleted; add --yes to delete.")
-
-
-def evenly_spaced(times: NDArray[Any], keep: int) -> set[float]:
-    """The times nearest, in least squares, to the fractions 1/keep, 2/keep, ..., 1 of the last.
-
-    Args:
-        times: ``[n]`` rising.
-        keep: How many; all, if there are fewer.
-
-    Returns:
-        A subset that holds the last time.
-    """
-    keep = min(keep, len(times))
-    # Dynamic programming: cost[i] is that of the best choice so far that ends with time i.
-    cost = np.zeros(len(times))
-    steps = []
-    for k in range(1, keep + 1):
-        before = np.arange(len(times))
-        if k > 1:
-            best = np.minimum.accumulate(cost)
-            before = np.maximum.accumulate(np.where(cost == best, before, 0))
-            cost, before = np.append(np.inf, best[:-1]), np.append(0, before[:-1])
-        cost = cost + (times - times[-1] * k / keep) ** 2
-        steps.append(before)
-    last, chosen = len(times) - 1, set()
-    for before in reversed(steps):
-        chosen.add(times[last].item())
-        last = before[last]
-    return chosen
+    if max_error is not None and not found.worst_error <= max_error:
+        raise DataSaysNo(
+            f"all snapshots together have a predicted error of {format_error(before.max())}, "
+            f"above {max_error:g}: nothing can go"
+        )

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from commands import DATA_SAYS_NO, MISUSE, files_of, invoke, invoke_json
 from helpers import assert_close
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from small_run import flip_a_byte, write_run
 
 from posthoc_ema import predict_error, reconstruct
-from posthoc_ema.cli.prune import evenly_spaced
 
 SNAPSHOTS = 32  # 16 times, two tracks
 
@@ -131,70 +126,6 @@ def test_reconstruct_misused(run: Path, options: tuple[str, ...], message: str) 
     options = tuple(option.replace("{run}", str(run)) for option in options)
     assert message in invoke("reconstruct", run, *options, status=MISUSE).stderr
     assert files_of(run) == before
-
-
-# prune
-
-
-def test_prune_without_yes_deletes_nothing(copy: Path) -> None:
-    before = files_of(copy)
-    result = invoke("prune", copy, "--keep", 4)
-    assert files_of(copy) == before
-    doomed = [f for f in before if not any(f"t={t:012d}" in f for t in (80, 160, 240, 320))]
-    lines = result.stdout.splitlines()
-    assert [line.split()[-1] for line in lines if "would delete" in line] == doomed
-    freed = sum((copy / file).stat().st_size for file in doomed)
-    assert f"24 of 32 snapshots, {freed / 1000:.0f} kB; 4 of 16 times stay" in lines
-    assert "Nothing was deleted" in result.stderr
-
-
-def test_prune_deletes_what_it_announced(copy: Path) -> None:
-    announced = invoke_json("prune", copy, "--keep", 4)
-    assert announced["deleted"] is False
-    done = invoke_json("prune", copy, "--keep", 4, "--yes")
-    assert done == {**announced, "deleted": True}
-    assert files_of(copy) == sorted(done["keep"])
-    assert set(done["keep"]).isdisjoint(done["delete"])
-    # What stays is a store like any other; its last snapshots are exact, others cost something.
-    assert len(invoke_json("list", copy)["snapshots"]) == 8
-    errors = {e["sigma_rel"]: e for e in done["errors"]}
-    assert errors[0.05]["after"] == errors[0.05]["before"]
-    assert errors[0.02]["after"] > 2 * errors[0.02]["before"]
-
-
-def test_prune_to_more_than_there_are(copy: Path) -> None:
-    said = invoke_json("prune", copy, "--keep", 99, "--yes")
-    assert said["delete"] == []
-    assert len(files_of(copy)) == SNAPSHOTS
-
-
-def test_prune_leaves_a_damaged_folder_alone(copy: Path) -> None:
-    broken = copy / files_of(copy)[0]
-    broken.write_bytes(broken.read_bytes()[:-1])
-    invoke("prune", copy, "--keep", 2, "--yes", status=DATA_SAYS_NO)
-    assert len(files_of(copy)) == SNAPSHOTS
-
-
-@pytest.mark.parametrize("keep", ["0", "-1", "many"])
-def test_prune_misused(run: Path, keep: str) -> None:
-    assert "--keep" in invoke("prune", run, "--keep", keep, status=MISUSE).stderr
-
-
-@given(
-    times=st.lists(st.integers(1, 100), min_size=1, max_size=8, unique=True).map(sorted),
-    keep=st.integers(1, 9),
-)
-def test_evenly_spaced_is_the_best_of_all_choices(times: list[int], keep: int) -> None:
-    number = min(keep, len(times))
-    ideal = [times[-1] * (k + 1) / number for k in range(number)]
-
-    def cost(choice: Any) -> float:
-        return sum((t - wanted) ** 2 for t, wanted in zip(choice, ideal, strict=True))
-
-    chosen = sorted(evenly_spaced(np.array(times), keep))
-    assert chosen[-1] == times[-1]
-    best = min(cost([*c, times[-1]]) for c in combinations(times[:-1], number - 1))
-    assert_close(cost(chosen), best, rtol=1e-12, atol=1e-9, reason="rounding of sums of squares")
 
 
 # plot

@@ -1,0 +1,378 @@
+"""``plan``: which tracks to follow and when to keep snapshots, for a budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import inf
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from posthoc_ema.encoding import check_encoding
+from posthoc_ema.evidence import gather_evidence
+from posthoc_ema.movement import Movement
+from posthoc_ema.profiles import PowerFunction
+from posthoc_ema.schedule import AtTimes, Schedule
+from posthoc_ema.selection import Pool, choose_times
+from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.solve import solve
+from posthoc_ema.thinning import Thinning, simulate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+RATES = ("unknown", "constant", "inverse-sqrt", "linear", "cosine")
+"""Shapes of the learning rate; the weights move at its square."""
+
+_TARGETS = 24
+_TRACKS = 2
+_REFERENCE = 16  # times at which tracks and rates are compared
+_COARSE = 48  # candidate times while tracks are compared
+# Variance of rounding relative to the mean square, by encoding. An estimate suffices here.
+_ROUNDING = {"float32": 2.0**-50, "float16": 4e-8, "bfloat16": 2.6e-6}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "delta16": 2, "delta8": 1}  # of a weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tracks and times, and what they are worth.
+
+    ``EMA(plan.sigma_rel, snapshots=folder, schedule=plan.schedule)`` carries it out.
+
+    Attributes:
+        sigma_rel: Tracks.
+        times: When snapshots are kept, rising, in units of ``t_end``'s; with an open end, what
+            is kept of a long run, as fractions of the time reached.
+        t_end: End of training; None if it is open.
+        targets: EMA lengths over the range, from short to long.
+        errors: Predicted RMS error of each when reconstructed at the end (at the worst moment,
+            if the end is open), relative to the RMS distance that the weights travel in the
+            run; planned like an earlier run, relative to the RMS of its weights.
+        even_errors: The same from the same number of evenly spaced times, for comparison; empty
+            with an open end.
+        schedule: For ``EMA(schedule=...)``.
+    """
+
+    sigma_rel: tuple[float, ...]
+    times: tuple[float, ...]
+    t_end: float | None
+    targets: tuple[float, ...]
+    errors: tuple[float, ...]
+    even_errors: tuple[float, ...]
+    schedule: Schedule
+
+    @property
+    def worst_error(self) -> float:
+        """Largest predicted error over the range."""
+        return max(self.errors)
+
+    @property
+    def snapshots(self) -> int:
+        """Number of files kept: one for each time and track."""
+        return len(self.times) * len(self.sigma_rel)
+
+
+def plan(
+    budget: float,
+    sigma_rel_range: tuple[float, float],
+    tracks: Sequence[float] | int | None = None,
+    *,
+    t_end: float | None = None,
+    every: float | None = None,
+    movement: str | Movement = "unknown",
+    like: str | os.PathLike[str] | SnapshotStore | None = None,
+    encoding: str = "float32",
+    snapshot_bytes: float | None = None,
+    parameters: float | None = None,
+    candidates: int = 256,
+) -> Plan:
+    """Choose tracks and times that keep the worst error over a range of EMA lengths low.
+
+    With the end of training known, times are chosen for reconstructions at the end. With an
+    open end the schedule writes at times in geometric progression and deletes what has become
+    dispensable, so that what is kept serves at every moment.
+
+    Args:
+        budget: Number of snapshots to keep, one for each time and track; or, with
+            ``snapshot_bytes`` or ``parameters``, their bytes. With an open end the newest time
+            comes on top while it is being written.
+        sigma_rel_range: Shortest and longest σ_rel to be reconstructed.
+        tracks: σ_rel to follow, or how many to choose; default: two, chosen. Each costs one
+            copy of the model in memory while training.
+        t_end: When training ends, in units of t. If it then ends at another time, call
+            ``ema.snapshot()`` there. None: the end is open.
+        every: Known end: times are multiples of it (default: 1 if ``t_end`` is a whole number).
+            Open end: shortest interval between snapshots, in units of t; by default they are
+            frequent early in the run.
+        movement: How fast the weights move, with a known end: by the shape of the learning rate
+            (``"constant"``, ``"inverse-sqrt"``, ``"linear"`` or ``"cosine"`` down to 0),
+            ``"unknown"`` for what serves both a constant and a decaying one, or a measured
+            :class:`posthoc_ema.movement.Movement`.
+        like: Folder or store of an earlier run of the same kind, from which the movement is
+            measured; its time is stretched to ``t_end``.
+        encoding: Storage precision of the snapshots.
+        snapshot_bytes: Size of one snapshot, for a budget in bytes; or
+        parameters: number of averaged weights, of which the size follows.
+        candidates: Number of times to choose from, denser towards the end; no more are kept.
+
+    Returns:
+        A :class:`Plan`.
+
+    Raises:
+        ValueError: If an argument is outside its domain, or the budget below one time.
+        SnapshotError: If ``like`` holds no intact run.
+
+    Example:
+        >>> chosen = plan(32, (0.01, 0.25), t_end=100_000)
+        >>> chosen.snapshots, chosen.times[-1]
+        (32, 100000.0)
+        >>> chosen.worst_error < 0.1 * max(chosen.even_errors)
+        True
+
+    Source:
+        Expected error: Karras et al. 2024, arXiv:2312.02696, section 3, with the error metric
+        of :func:`posthoc_ema.solve`.
+    """
+    targets = _targets(sigma_rel_range)
+    affordable = _affordable(budget, snapshot_bytes, parameters, check_encoding(encoding))
+    if t_end is None and (movement != "unknown" or like is not None):
+        raise ValueError("movement and like need t_end: with an open end the rate is not known")
+    if like is not None and movement != "unknown":
+        raise ValueError("give either movement or like, not both")
+    if candidates < 2:
+        raise ValueError(f"candidates must be at least 2 (got {candidates})")
+    noise = _ROUNDING.get(encoding, _ROUNDING["float16"])
+    task = _Task(targets, *_movements(movement, like), noise)
+
+    followed = task.tracks(tracks)
+    number = affordable // len(followed)
+    if number < 1:
+        raise ValueError(
+            f"{affordable} snapshots are less than one time of {len(followed)} tracks; give "
+            "a larger budget or fewer tracks"
+        )
+    if t_end is None:
+        return _open_end(task, followed, number, every, candidates)
+    if not 0 < t_end < inf:
+        raise ValueError(f"t_end must be finite and > 0 (got {t_end})")
+    fractions = task.times(followed, number, _grid(targets[0], candidates, t_end, every))
+    even = np.arange(1, number + 1) / number
+    times = tuple(float(u) for u in fractions * t_end)
+    return Plan(
+        sigma_rel=followed,
+        times=times,
+        t_end=t_end,
+        targets=targets,
+        errors=tuple(task.errors(followed, fractions).tolist()),
+        even_errors=tuple(task.errors(followed, even).tolist()),
+        schedule=AtTimes(times),
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked, in fractions of the end of training.
+
+    Attributes:
+        targets: EMA lengths.
+        movements: Possible rates, each with integral 1.
+        unit: Variance, per weight, of the whole movement relative to the mean square.
+        noise: Of storage, relative to the mean square.
+    """
+
+    targets: tuple[float, ...]
+    movements: tuple[Movement, ...]
+    unit: float
+    noise: float
+
+    def tracks(self, wanted: Sequence[float] | int | None) -> tuple[float, ...]:
+        """Tracks as given, or the best of a grid over the range at a medium number of times."""
+        if wanted is not None and not isinstance(wanted, int):
+            given = tuple(float(sigma_rel) for sigma_rel in wanted)
+            if not given or len(set(given)) < len(given):
+                raise ValueError(f"tracks must name at least one, each once (got {wanted})")
+            for sigma_rel in given:
+                PowerFunction(sigma_rel)  # raises outside the domain
+            return given
+        number = _TRACKS if wanted is None else wanted
+        if not 1 <= number <= 4:
+            raise ValueError(f"tracks must be 1 to 4 or a sequence of sigma_rel (got {wanted})")
+        low, high = self.targets[0], self.targets[-1]
+        spread = np.geomspace(low, high, 8) if high > low else low * np.geomspace(1, 2, 4)
+        allowed = dict.fromkeys(float(f"{s:.2g}") for s in np.minimum(spread, 0.28))
+        # Independent of the budget, so that a larger one is never worse; greedy beyond two.
+        chosen: tuple[float, ...] = min(
+            combinations(allowed, min(number, 2, len(allowed))), key=self._merit
+        )
+        while len(chosen) < min(number, len(allowed)):
+            more = [tuple(sorted({*chosen, s})) for s in allowed if s not in chosen]
+            chosen = min(more, key=self._merit)
+        return chosen
+
+    def times(
+        self, tracks: tuple[float, ...], number: int, grid: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The best ``number`` times of a grid, rising."""
+        choice = choose_times(self._pool(tracks, grid), number)
+        return grid[np.sort(choice.places)]
+
+    def errors(
+        self, tracks: Sequence[float], fractions: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """``[k]`` predicted errors, the largest over the possible movements."""
+        return np.sqrt(self._squares(tracks, fractions).max(0))
+
+    def _squares(
+        self, tracks: Sequence[float], fractions: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        inputs = [(u, sigma_rel) for u in fractions.tolist() for sigma_rel in tracks]
+        goals = [(float(fractions[-1]), sigma_rel) for sigma_rel in self.targets]
+        noise = np.full(len(inputs), self.noise / self.unit)
+        squares = [
+            solve(inputs, goals, movement=movement, noise=noise).expected_square
+            for movement in self.movements
+        ]
+        return self.unit * np.array(squares)
+
+    def _pool(self, tracks: tuple[float, ...], grid: NDArray[np.float64]) -> Pool:
+        profiles = [PowerFunction(sigma_rel) for sigma_rel in tracks]
+        averages = [(u, profile) for u in grid.tolist() for profile in profiles]
+        goals = [PowerFunction(sigma_rel) for sigma_rel in self.targets]
+        noise = np.full(len(averages), self.noise / self.unit)
+        pool = Pool.of(averages, goals, self.movements, noise)
+        return pool.scaled(self._difficulty(tracks)) if len(self.movements) > 1 else pool
+
+    def _merit(self, tracks: tuple[float, ...]) -> float:
+        """Worst error with as many snapshots as two tracks have at the reference."""
+        number = _REFERENCE * 2 // len(tracks)
+        grid = _grid(self.targets[0], _COARSE, 1.0, None)
+        squares = self._squares(tracks, self.times(tracks, number, grid)).max(1)
+        return float((squares / self._difficulty((0.05, 0.10))).max())
+
+    def _difficulty(self, tracks: tuple[float, ...]) -> NDArray[np.float64]:
+        """``[s]`` scale of squared errors that makes several movements comparable.
+
+        Weights that come to rest leave so little error that they would not count beside those
+        that do not; measured by the error of even spacing alone, they would rule. Between the
+        two, the geometric mean did best on real runs.
+        """
+        even = np.arange(1, _REFERENCE + 1) / _REFERENCE
+        return np.sqrt(self._squares(tracks, even).max(1))
+
+
+def _open_end(
+    task: _Task, tracks: tuple[float, ...], number: int, every: float | None, candidates: int
+) -> Plan:
+    """Thinning at the interval that does best in the long run, the longest of nearly equals."""
+    start = task.times(tracks, number, _grid(task.targets[0], candidates, 1.0, None))
+    best: Plan | None = None
+    for ratio in task.targets[0] * np.array([4.0, 2.0, 1.0, 0.5]):
+        schedule = Thinning(number, tracks, task.targets, float(ratio), every, task.noise)
+        fractions, errors = simulate(schedule, start.tolist())
+        if best is not None and errors.max() > 0.9 * best.worst_error:
+            break
+        best = Plan(
+            sigma_rel=tracks,
+            times=tuple(fractions),
+            t_end=None,
+            targets=task.targets,
+            errors=tuple(errors.tolist()),
+            even_errors=(),
+            schedule=schedule,
+        )
+    assert best is not None  # the first of them, at least
+    return best
+
+
+def _affordable(
+    budget: float, snapshot_bytes: float | None, parameters: float | None, encoding: str
+) -> int:
+    """Number of snapshots that the budget pays for."""
+    if snapshot_bytes is not None and parameters is not None:
+        raise ValueError("give either snapshot_bytes or parameters, not both")
+    if parameters is not None:
+        if encoding not in _BYTES:
+            raise ValueError(f"give snapshot_bytes: the size of {encoding} snapshots varies")
+        snapshot_bytes = parameters * _BYTES[encoding]
+    if snapshot_bytes is not None and not 0 < snapshot_bytes < inf:
+        raise ValueError(f"the size of a snapshot must be > 0 (got {snapshot_bytes:g} bytes)")
+    affordable = budget if snapshot_bytes is None else budget / snapshot_bytes
+    if not 1 <= affordable < inf:
+        raise ValueError(f"the budget must pay for at least one snapshot (got {affordable:g})")
+    return int(affordable)
+
+
+def _targets(sigma_rel_range: tuple[float, float]) -> tuple[float, ...]:
+    try:
+        low, high = (float(sigma_rel) for sigma_rel in sigma_rel_range)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"sigma_rel_range must be the shortest and the longest length (got {sigma_rel_range})"
+        ) from None
+    PowerFunction(low), PowerFunction(high)  # raise outside the domain
+    if low > high:
+        raise ValueError(f"sigma_rel_range must rise (got {sigma_rel_range})")
+    middle = np.geomspace(low, high, _TARGETS)[1:-1].tolist() if high > low else []
+    return tuple(dict.fromkeys([low, *middle, high]))
+
+
+def _grid(low: float, number: int, t_end: float, every: float | None) -> NDArray[np.float64]:
+    """Candidate times as fractions of the end: half of them even, half denser to the end."""
+    even = np.linspace(0, 1, number // 2 + 1)[1:]
+    late = 1 - np.geomspace(low / 8, 0.5, number - number // 2)
+    if every is None and t_end > 1 and float(t_end).is_integer():
+        every = 1
+    fractions = np.concatenate([even, late, [1.0]])
+    if every is not None:
+        if not 0 < every <= t_end:
+            raise ValueError(f"every must be > 0 and at most t_end={t_end} (got {every})")
+        fractions = np.minimum(np.ceil(fractions * t_end / every) * every / t_end, 1)
+    return np.unique(fractions.round(12))
+
+
+def _movements(
+    movement: str | Movement, like: str | os.PathLike[str] | SnapshotStore | None
+) -> tuple[tuple[Movement, ...], float]:
+    """Possible movements over [0, 1] with integral 1, and the variance of the whole."""
+    if like is not None:
+        store = like if isinstance(like, SnapshotStore) else SnapshotStore(like)
+        evidence = gather_evidence(store.list())
+        if evidence.remarks and not np.isfinite(evidence.movement.rate).all():
+            raise ValueError(f"{store.path} does not tell how the weights move: one snapshot only")
+        unit = _total(evidence.movement) * evidence.moving_share / evidence.mean_square
+        return (_over_unit_time(evidence.movement),), unit
+    if isinstance(movement, Movement):
+        return (_over_unit_time(movement),), 1.0
+    if movement not in RATES:
+        raise ValueError(
+            f"movement must be one of {', '.join(RATES)}, or a Movement (got {movement!r})"
+        )
+    names = ("constant", "cosine") if movement == "unknown" else (movement,)
+    return tuple(_over_unit_time(_squared_rate(name)) for name in names), 1.0
+
+
+def _squared_rate(name: str) -> Movement:
+    """Movement at the square of a learning rate of a usual shape, over [0, 1]."""
+    edges = np.linspace(0, 1, 65)
+    u = (edges[1:] + edges[:-1]) / 2
+    rate = {
+        "constant": np.ones_like(u),
+        "inverse-sqrt": 1 / np.sqrt(np.maximum(u / 0.1, 1)),  # constant over a tenth of the run
+        "linear": 1 - u,
+        "cosine": (1 + np.cos(np.pi * u)) / 2,
+    }[name]
+    return Movement(edges, rate**2)
+
+
+def _over_unit_time(movement: Movement) -> Movement:
+    end, total = float(movement.edges[-1]), _total(movement)
+    if not 0 < total < inf:
+        raise ValueError("the movement must be finite and not zero throughout")
+    return Movement(movement.edges / end, movement.rate * end / total)
+
+
+def _total(movement: Movement) -> float:
+    return float(np.diff(movement.edges) @ movement.rate)
