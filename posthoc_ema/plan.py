@@ -158,15 +158,16 @@ def plan(
         return _open_end(task, followed, number, every, candidates)
     if not 0 < t_end < inf:
         raise ValueError(f"t_end must be finite and > 0 (got {t_end})")
-    fractions = task.times(followed, number, _grid(targets[0], candidates, t_end, every))
+    grid = _grid(targets[0], candidates, t_end, every)
+    places = task.places(followed, number, grid / t_end)
     even = np.arange(1, number + 1) / number
-    times = tuple(float(u) for u in fractions * t_end)
+    times = tuple(grid[places].tolist())
     return Plan(
         sigma_rel=followed,
         times=times,
         t_end=t_end,
         targets=targets,
-        errors=tuple(task.errors(followed, fractions).tolist()),
+        errors=tuple(task.errors(followed, grid[places] / t_end).tolist()),
         even_errors=tuple(task.errors(followed, even).tolist()),
         schedule=AtTimes(times),
     )
@@ -212,12 +213,11 @@ class _Task:
             chosen = min(more, key=self._merit)
         return chosen
 
-    def times(
+    def places(
         self, tracks: tuple[float, ...], number: int, grid: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    ) -> list[int]:
         """The best ``number`` times of a grid, rising."""
-        choice = choose_times(self._pool(tracks, grid), number)
-        return grid[np.sort(choice.places)]
+        return sorted(choose_times(self._pool(tracks, grid), number).places)
 
     def errors(
         self, tracks: Sequence[float], fractions: NDArray[np.float64]
@@ -249,7 +249,7 @@ class _Task:
         """Worst error with as many snapshots as two tracks have at the reference."""
         number = _REFERENCE * 2 // len(tracks)
         grid = _grid(self.targets[0], _COARSE, 1.0, None)
-        squares = self._squares(tracks, self.times(tracks, number, grid)).max(1)
+        squares = self._squares(tracks, grid[self.places(tracks, number, grid)]).max(1)
         return float((squares / self._difficulty((0.05, 0.10))).max())
 
     def _difficulty(self, tracks: tuple[float, ...]) -> NDArray[np.float64]:
@@ -267,7 +267,8 @@ def _open_end(
     task: _Task, tracks: tuple[float, ...], number: int, every: float | None, candidates: int
 ) -> Plan:
     """Thinning at the interval that does best in the long run, the longest of nearly equals."""
-    start = task.times(tracks, number, _grid(task.targets[0], candidates, 1.0, None))
+    grid = _grid(task.targets[0], candidates, 1.0, None)
+    start = grid[task.places(tracks, number, grid)]
     best: Plan | None = None
     for ratio in task.targets[0] * np.array([4.0, 2.0, 1.0, 0.5]):
         schedule = Thinning(number, tracks, task.targets, float(ratio), every, task.noise)
@@ -320,17 +321,17 @@ def _targets(sigma_rel_range: tuple[float, float]) -> tuple[float, ...]:
 
 
 def _grid(low: float, number: int, t_end: float, every: float | None) -> NDArray[np.float64]:
-    """Candidate times as fractions of the end: half of them even, half denser to the end."""
+    """Candidate times up to ``t_end``: half of them even, half denser and denser to the end."""
     even = np.linspace(0, 1, number // 2 + 1)[1:]
     late = 1 - np.geomspace(low / 8, 0.5, number - number // 2)
+    times = np.concatenate([even, late]).round(12) * t_end
     if every is None and t_end > 1 and float(t_end).is_integer():
         every = 1
-    fractions = np.concatenate([even, late, [1.0]])
     if every is not None:
         if not 0 < every <= t_end:
             raise ValueError(f"every must be > 0 and at most t_end={t_end} (got {every})")
-        fractions = np.minimum(np.ceil(fractions * t_end / every) * every / t_end, 1)
-    return np.unique(fractions.round(12))
+        times = np.ceil(times / every - 1e-9) * every
+    return np.unique(np.concatenate([times[times < t_end], [t_end]]))
 
 
 def _movements(
