@@ -237,20 +237,26 @@ class _Task:
         ]
         return self.unit * np.array(squares)
 
-    def _pool(self, tracks: tuple[float, ...], grid: NDArray[np.float64]) -> Pool:
+    def _pool(
+        self,
+        tracks: tuple[float, ...],
+        grid: NDArray[np.float64],
+        yardstick: tuple[float, ...] | None = None,
+    ) -> Pool:
         profiles = [PowerFunction(sigma_rel) for sigma_rel in tracks]
         averages = [(u, profile) for u in grid.tolist() for profile in profiles]
         goals = [PowerFunction(sigma_rel) for sigma_rel in self.targets]
         noise = np.full(len(averages), self.noise / self.unit)
         pool = Pool.of(averages, goals, self.movements, noise)
-        return pool.scaled(self._difficulty(tracks)) if len(self.movements) > 1 else pool
+        return (
+            pool.scaled(self._difficulty(yardstick or tracks)) if len(self.movements) > 1 else pool
+        )
 
     def _merit(self, tracks: tuple[float, ...]) -> float:
         """Worst error with as many snapshots as two tracks have at the reference."""
         number = _REFERENCE * 2 // len(tracks)
-        grid = _grid(self.targets[0], _COARSE, 1.0, None)
-        squares = self._squares(tracks, grid[self.places(tracks, number, grid)]).max(1)
-        return float((squares / self._difficulty((0.05, 0.10))).max())
+        pool = self._pool(tracks, _grid(self.targets[0], _COARSE, 1.0, None), (0.05, 0.10))
+        return float(choose_times(pool, number, exchanges=False).worst.max())
 
     def _difficulty(self, tracks: tuple[float, ...]) -> NDArray[np.float64]:
         """``[s]`` scale of squared errors that makes several movements comparable.
