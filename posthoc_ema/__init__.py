@@ -14,6 +14,7 @@ Importing this package loads numpy and nothing heavier.
 
 from posthoc_ema.conversion import gamma_to_sigma_rel as gamma_to_sigma_rel
 from posthoc_ema.conversion import sigma_rel_to_gamma as sigma_rel_to_gamma
+from posthoc_ema.convert import convert as convert
 from posthoc_ema.ema import EMA as EMA
 from posthoc_ema.errors import CorruptSnapshotError as CorruptSnapshotError
 from posthoc_ema.errors import ForeignSnapshotError as ForeignSnapshotError

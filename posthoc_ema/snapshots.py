@@ -182,6 +182,22 @@ class SnapshotStore:
                 self._memory.add(written, decoded)
             return written
 
+    def take(self, snapshot: Snapshot, encoding: str) -> Snapshot:
+        """Write a snapshot of another store here, in an encoding of one's own.
+
+        Raises:
+            ForeignSnapshotError: If the folder holds snapshots of another run, or this one.
+            CorruptSnapshotError: If it was damaged since it was written.
+            SnapshotWriteError: If the file cannot be written.
+        """
+        path = self.path / snapshot.path.name
+        with self._writing():
+            earlier = [s for s in self._own(snapshot.run) if s.t <= snapshot.t]
+            if path in [s.path for s in earlier]:
+                raise ForeignSnapshotError(f"{path} already exists")
+            write_again(snapshot, path, encoding, earlier, self._memory)
+            return next(s for s in self.scan()[0] if s.path == path)
+
     def check_unchanged(self, written: Iterable[Snapshot]) -> None:
         """Make sure that nobody replaced these snapshots; that they were pruned is fine.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from posthoc_ema.cli.convert import convert
 from posthoc_ema.cli.error import error
 from posthoc_ema.cli.listing import list_snapshots
 from posthoc_ema.cli.output import TeachingGroup
@@ -17,7 +18,7 @@ from posthoc_ema.cli.prune import prune
 from posthoc_ema.cli.reconstruct import reconstruct
 from posthoc_ema.cli.verify import verify
 
-COMMANDS = (plan, list_snapshots, verify, error, reconstruct, prune, plot)
+COMMANDS = (plan, list_snapshots, verify, error, reconstruct, prune, convert, plot)
 """In the order in which one meets them."""
 
 
