@@ -44,8 +44,11 @@ class EMA:
         schedule: Instead of ``every``, any :class:`posthoc_ema.schedule.Schedule`. One that
             thins, like that of :func:`posthoc_ema.plan` for an open end, deletes snapshots which
             this run wrote, after newer ones are on disk.
-        encoding: Storage precision of snapshots: ``"float32"`` (averages as they are kept),
-            ``"float16"`` or ``"bfloat16"``.
+        encoding: How snapshots are stored: ``"float32"`` (averages as they are kept),
+            ``"float16"`` or ``"bfloat16"``; or as what cannot be predicted from earlier
+            snapshots: ``"delta16"`` (no more bytes than float16, nearly as exact as float32),
+            ``"delta8"`` (half of them), ``"delta6"``. Those hold up to 2 GB of the last
+            snapshots in memory, and need the files before them to be read.
         include: Track only tensors whose names match one of these shell-style patterns.
         exclude: Leave out tensors whose names match one of these.
         device: Where to keep averages (PyTorch only); by default with the weights. ``"cpu"``
