@@ -2,7 +2,7 @@
 
 Weights are a function of the step alone, so that a run in pieces must end exactly like a whole
 one. ``CRASH=function:n`` in the environment ends the process, without any clean-up, at the n-th
-call of that function (``before`` it) or after it (``after``).
+call of that function (``before`` it) or after it (``after``). ``THIN=n`` keeps n times only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_ema import EMA
+from posthoc_ema import EMA, Every
+from posthoc_ema.thinning import Thinning
 
 TRACKS = (0.05, 0.10)
 SIZE = 40_000
@@ -52,7 +53,9 @@ def load(ema: EMA, path: Path) -> None:
 
 
 def run(folder: Path, steps: int) -> None:
-    ema = EMA(sigma_rel=TRACKS, snapshots=folder / "ema", every=1)
+    thin = os.environ.get("THIN")
+    schedule = Thinning(int(thin), TRACKS, TRACKS, ratio=1e-9, every=1) if thin else Every(1)
+    ema = EMA(sigma_rel=TRACKS, snapshots=folder / "ema", schedule=schedule)
     checkpoint = folder / "checkpoint.npz"
     if checkpoint.exists():
         load(ema, checkpoint)
