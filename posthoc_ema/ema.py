@@ -421,6 +421,9 @@ class EMA:
         doomed = [s for s in own if s.t not in kept]
         if doomed:
             self._store.delete(doomed)
+            # Those stored as differences from deleted ones were written once more.
+            mine = {s.path for s in self._written}
+            self._written = [s for s in self._store.scan()[0] if s.path in mine]
 
     def _identity(self) -> RunIdentity:
         return RunIdentity(self._run_id, self._unit, self._bound().framework, self._t_first)

@@ -31,9 +31,16 @@ _TARGETS = 24
 _TRACKS = 2
 _REFERENCE = 16  # times at which tracks and rates are compared
 _COARSE = 48  # candidate times while tracks are compared
-# Variance of rounding relative to the mean square, by encoding. An estimate suffices here.
-_ROUNDING = {"float32": 2.0**-50, "float16": 4e-8, "bfloat16": 2.6e-6}
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "delta16": 2, "delta8": 1}  # of a weight
+# Estimates that suffice here: variance of rounding relative to the mean square of the weights (of
+# deltas, where snapshots differ by a twentieth of that), and bytes of one weight.
+_ROUNDING = {
+    "float32": 2.0**-50, "float16": 4e-8, "bfloat16": 2.6e-6,
+    "delta16": 1e-11, "delta8": 2e-7, "delta6": 3e-6,
+}  # fmt: skip
+_BYTES = {
+    "float32": 4.0, "float16": 2.0, "bfloat16": 2.0,
+    "delta16": 2.0, "delta8": 1.0, "delta6": 0.75,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,8 +151,7 @@ def plan(
         raise ValueError("give either movement or like, not both")
     if candidates < 2:
         raise ValueError(f"candidates must be at least 2 (got {candidates})")
-    noise = _ROUNDING.get(encoding, _ROUNDING["float16"])
-    task = _Task(targets, *_movements(movement, like), noise)
+    task = _Task(targets, *_movements(movement, like), _ROUNDING[encoding])
 
     followed = task.tracks(tracks)
     number = affordable // len(followed)
@@ -301,8 +307,6 @@ def _affordable(
     if snapshot_bytes is not None and parameters is not None:
         raise ValueError("give either snapshot_bytes or parameters, not both")
     if parameters is not None:
-        if encoding not in _BYTES:
-            raise ValueError(f"give snapshot_bytes: the size of {encoding} snapshots varies")
         snapshot_bytes = parameters * _BYTES[encoding]
     if snapshot_bytes is not None and not 0 < snapshot_bytes < inf:
         raise ValueError(f"the size of a snapshot must be > 0 (got {snapshot_bytes:g} bytes)")

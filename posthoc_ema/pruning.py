@@ -25,6 +25,8 @@ class Pruning:
         doomed: Those that go, or went.
         before: Predicted errors with all snapshots.
         after: Predicted errors with those that stay.
+        bytes_freed: Size of what goes or went, less what others grew that had been stored as
+            differences from it.
         deleted: Whether they are gone.
     """
 
@@ -32,12 +34,8 @@ class Pruning:
     doomed: Sequence[Snapshot]
     before: Forecast
     after: Forecast
+    bytes_freed: int
     deleted: bool
-
-    @property
-    def bytes_freed(self) -> int:
-        """Size of what goes."""
-        return sum(snapshot.nbytes for snapshot in self.doomed)
 
     @property
     def worst_error(self) -> float:
@@ -64,7 +62,8 @@ def prune(
         snapshots: A folder or store.
         sigma_rel: EMA lengths (or other profiles) that shall remain possible.
         keep: Number of times to keep; or
-        max_bytes: size of all that stays; or
+        max_bytes: size of all that stays, as it is now: snapshots stored as differences from
+            deleted ones grow when they are written once more; or
         max_error: largest predicted error, for which as few times as possible are kept. Exactly
             one of the three. If all together have a larger error, all are kept.
         delete: Delete; otherwise only say what would be.
@@ -107,9 +106,12 @@ def prune(
         )
     kept = [s for s in full.snapshots if float(s.t) in chosen]
     doomed = [s for s in full.snapshots if float(s.t) not in chosen]
+    after, freed = full.using(kept), sum(s.nbytes for s in doomed)
     if delete and doomed:
-        store.delete(doomed)
-    return Pruning(kept, doomed, full, full.using(kept), delete)
+        freed = store.delete(doomed)
+        places = {s.path for s in kept}
+        kept = [s for s in store.scan()[0] if s.path in places]  # some may have been rewritten
+    return Pruning(kept, doomed, full, after, freed, delete)
 
 
 def _pool(full: Forecast) -> Pool:

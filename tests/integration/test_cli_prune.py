@@ -93,6 +93,17 @@ def test_bytes(copy: Path) -> None:
     assert "last snapshot of each track" in invoke("prune", copy, "--bytes", 100, status=2).stderr
 
 
+def test_of_differences(tmp_path: Path) -> None:
+    """What stays is written anew where it depended on what goes; the report counts that."""
+    folder = write_run(tmp_path / "ema", encoding="delta8")
+    before = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    said = invoke_json("prune", folder, "--keep", 4, "--yes")
+    left = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert (said["bytes_freed"], said["bytes_kept"]) == (before - left, left)
+    assert files_of(folder) == sorted(said["keep"])
+    assert len(SnapshotStore(folder).verify()) == 8
+
+
 def test_max_error(run: Path) -> None:
     """As few times as possible: with one fewer the error would be too large."""
     limit = float(np.sqrt(prune(run, LENGTHS, keep=5).worst_error * predict_error(run, 0.02)))

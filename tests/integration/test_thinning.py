@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_at_most, assert_equal
+from helpers import assert_at_most, assert_close, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_ema import EMA, Snapshot, SnapshotStore, SnapshotWriteError, solve
+from posthoc_ema import EMA, Snapshot, SnapshotStore, SnapshotWriteError, reconstruct, solve
 from posthoc_ema.schedule import Every, ThinningSchedule
 from posthoc_ema.thinning import Thinning
 
@@ -66,6 +66,23 @@ def test_a_snapshot_asked_for_counts_too(tmp_path: Path) -> None:
         ema.snapshot()
         assert len(times_in(tmp_path)) <= SCHEDULE.number
     assert times_in(tmp_path)[-1] == 40
+
+
+@pytest.mark.parametrize("encoding", ["delta16", "delta8"])
+def test_differences_are_thinned_too(tmp_path: Path, encoding: str) -> None:
+    """Deleting what later snapshots were predicted from changes no average."""
+    ema = EMA(TRACKS, snapshots=tmp_path / "thin", schedule=SCHEDULE, encoding=encoding)
+    exact = EMA(TRACKS, snapshots=tmp_path / "all", every=1)
+    for step in range(1, 61):
+        weights = {"w": np.sin(np.arange(999) * 0.001 * step).astype(np.float32)}
+        ema.update(weights)
+        exact.update(weights)
+    kept = SnapshotStore(tmp_path / "thin").verify()
+    assert len({s.t for s in kept}) == SCHEDULE.number
+    for sigma_rel in TRACKS:
+        thin = reconstruct(tmp_path / "thin", sigma_rel).params["w"]
+        whole = reconstruct(tmp_path / "all", sigma_rel).params["w"]
+        assert_close(thin, whole, atol=0.02, reason="one step of the coarsest quantiser here")
 
 
 def test_other_schedules_delete_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_ema import EMA, AtTimes, Plan, PowerFunction, plan, solve
+from posthoc_ema.encoding import ENCODINGS
 from posthoc_ema.movement import Movement
 from posthoc_ema.plan import RATES
 from posthoc_ema.thinning import Thinning
@@ -194,6 +195,14 @@ def test_budget_in_bytes() -> None:
     assert plan(12.9e6, RANGE, TWO, t_end=100, parameters=250e3).times == by_number.times
     half = plan(12.9e6, RANGE, TWO, t_end=100, parameters=250e3, encoding="float16")
     assert len(half.times) == 12
+
+
+def test_every_encoding_is_known() -> None:
+    numbers = [
+        plan(1e6, RANGE, TWO, t_end=100, parameters=5e4, encoding=encoding).snapshots
+        for encoding in ENCODINGS
+    ]
+    assert min(numbers) == numbers[0] == 4
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
