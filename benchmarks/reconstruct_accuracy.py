@@ -42,8 +42,8 @@ UNSTORED = tuple(s for s in TARGETS if s not in TRACKS)
 LOSS_TIMES = 16
 LOSS_TARGETS = (0.02, 0.075, 0.13, 0.25)
 # What kriging must gain over the paper's solve on float16 files, in geometric mean.
-GAIN_BARS = {"float16": 2.5, "delta16": 12.0, "delta8": 6.0}
-SMALL_GAIN_BAR, SMALL_BYTES = 4.0, 1.5  # of any encoding this small, by bytes a weight and time
+GAIN_BARS = {"float16": 2.5, "delta16": 12.0, "delta8": 6.0, "delta6": 4.0}
+BYTES_BARS = {"delta16": 4.0, "delta8": 2.0, "delta6": 1.5}  # for a weight and time, two tracks
 WORST_GAIN_BAR = 0.99
 
 
@@ -384,12 +384,13 @@ def _bars(curves: Sequence[Curve]) -> list[str]:
     for encoding in dict.fromkeys(c.encoding for c in curves):
         chosen = [c for c in curves if c.encoding == encoding]
         listed = cells(chosen)
-        limit = GAIN_BARS.get(encoding)
-        if limit is None and max(c.bytes for c in chosen) <= SMALL_BYTES:
-            limit = SMALL_GAIN_BAR
-        if limit is not None:
+        if encoding in GAIN_BARS:
             gain = geometric_mean(c.gain for c in listed)
-            lines.append(harness.bar(f"{encoding}, gain", gain, limit, at_least=True))
+            text = f"{encoding}, gain"
+            lines.append(harness.bar(text, gain, GAIN_BARS[encoding], at_least=True))
+        if encoding in BYTES_BARS:
+            size = float(np.mean([c.bytes for c in chosen]))
+            lines.append(harness.bar(f"{encoding}, bytes", size, BYTES_BARS[encoding]))
         if encoding != "bfloat16":  # its eight bits lose what no solver brings back
             worst = min(c.gain for c in listed)
             text = f"{encoding}, smallest gain"
