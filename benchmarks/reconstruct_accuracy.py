@@ -45,6 +45,7 @@ LOSS_TARGETS = (0.02, 0.075, 0.13, 0.25)
 GAIN_BARS = {"float16": 2.5, "delta16": 12.0, "delta8": 6.0, "delta6": 4.0}
 BYTES_BARS = {"delta16": 4.0, "delta8": 2.0, "delta6": 1.5}  # for a weight and time, two tracks
 WORST_GAIN_BAR = 0.99
+COARSE = "bfloat16"  # its eight bits lose what no solver brings back
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,8 @@ def report(curves: Sequence[Curve], effects: Sequence[Effect], bars: bool) -> st
         _by_run([c for c in ends if c.times in BAR_TIMES] or ends),
         f"\nRelative error, {curves[0].run}, end of training\n",
         _one_run([c for c in curves if c.run == curves[0].run and c.when == "end"]),
-        "\nWorst gains\n",
-        _worst(cells(ends), lambda c: c.gain),
+        f"\nWorst gains, without {COARSE}\n",
+        _worst(cells(c for c in ends if c.encoding != COARSE), lambda c: c.gain),
         f"\nWorst gains on {REFERENCE} files\n",
         _worst(cells(c for c in ends if c.encoding == REFERENCE), lambda c: c.gain),
         "\nWorst predictions\n",
@@ -391,7 +392,7 @@ def _bars(curves: Sequence[Curve]) -> list[str]:
         if encoding in BYTES_BARS:
             size = float(np.mean([c.bytes for c in chosen]))
             lines.append(harness.bar(f"{encoding}, bytes", size, BYTES_BARS[encoding]))
-        if encoding != "bfloat16":  # its eight bits lose what no solver brings back
+        if encoding != COARSE:
             worst = min(c.gain for c in listed)
             text = f"{encoding}, smallest gain"
             lines.append(harness.bar(text, worst, WORST_GAIN_BAR, at_least=True))
