@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_SHARD_BYTES = 5 * 10**9
+_LITTLE_GAIN = 0.25  # a larger share of the error of the nearest snapshot is worth a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,8 @@ class Reconstruction:
         predicted_error: Expected RMS difference from the true average, relative to the RMS of
             the weights. NaN where a single snapshot cannot tell.
         diagnostics: ``profile_error``, ``condition_number``, ``l1_norm`` and ``l2_norm`` of the
-            coefficients (by pattern likewise), ``movement`` and ``noise`` as estimated, and
+            coefficients (by pattern likewise), ``nearest_error``, the predicted error of the best
+            single snapshot in the same units, ``movement`` and ``noise`` as estimated, and
             ``remarks`` about what the snapshots could not support.
         aliases: Tied names, each with the name that holds the values.
         files: Where the weights were written, if they were; they are read back, once, when
@@ -275,6 +278,12 @@ def _result(
 ) -> Reconstruction:
     total = sum(share.values()) or 1
     square = sum(share[p] * float(s.expected_square) for p, s in solution.items()) / total
+    nearest = sum(share[p] * float(s.nearest_square) for p, s in solution.items()) / total
+    error, nearest_error = map(float, evidence.relative_error(np.array([square, nearest])))
+    remarks = list(evidence.remarks)
+    if _is_beyond(solution, evidence):
+        remarks.append(_beyond(goal, t, error, nearest_error, usable))
+        warnings.warn(remarks[-1], stacklevel=3)
     per_pattern = {
         name: _by_pattern({p: float(getattr(s, name)) for p, s in solution.items()})
         for name in ("profile_error", "condition_number", "l1_norm", "l2_norm")
@@ -284,16 +293,41 @@ def _result(
         profile=_by_pattern(dict(goal)),
         inputs=[(s.t, s.profile) for s in usable],
         coefficients=_by_pattern({p: s.coefficients for p, s in solution.items()}),
-        predicted_error=float(evidence.relative_error(square)),
+        predicted_error=error,
         diagnostics={
             **per_pattern,
+            "nearest_error": nearest_error,
             "movement": evidence.movement,
             "noise": evidence.noise,
-            "remarks": evidence.remarks,
+            "remarks": tuple(remarks),
         },
         aliases=usable[-1].aliases,
         files=files,
         _load=load,
+    )
+
+
+def _is_beyond(solution: Mapping[str, Solution], evidence: Evidence) -> bool:
+    """Whether combining snapshots gains little over taking the best one, but for rounding."""
+    return any(
+        s.expected_square > max(_LITTLE_GAIN**2 * s.nearest_square, 4 * evidence.noise.max())
+        for s in solution.values()
+    )
+
+
+def _beyond(
+    goal: Goal, t: float, error: float, nearest_error: float, usable: Sequence[Snapshot]
+) -> str:
+    shortest = min(profile.sigma_rel for profile in goal.values())
+    tracked = sorted({s.profile.sigma_rel for s in usable})
+    times = sorted({s.t for s in usable})
+    interval = times[-1] - times[-2] if len(times) > 1 else t
+    return (
+        f"an average of sigma_rel={shortest:.3g} at t={t} is beyond what these snapshots "
+        f"support: the predicted error is {error:.2g} of the weights' RMS, and the nearest "
+        f"snapshot is off by {nearest_error:.2g}. It would have needed a track near it (kept: "
+        f"{', '.join(f'{x:.3g}' for x in tracked)}), or snapshots no further apart than "
+        f"{shortest * t:.3g} towards the end (they are {interval:.3g} apart)"
     )
 
 

@@ -41,12 +41,14 @@ class Solution:
         expected_square: ``[k]`` expected squared error per weight under the movement and noise
             given, in squared units of the weights (of r = 1 where none was given).
         condition_number: ``[k]`` of the equilibrated system.
+        nearest_square: ``[k]`` the same as ``expected_square`` for the best single input.
     """
 
     coefficients: NDArray[np.float64]
     profile_error: NDArray[np.float64]
     expected_square: NDArray[np.float64]
     condition_number: NDArray[np.float64]
+    nearest_square: NDArray[np.float64]
 
     @property
     def l1_norm(self) -> NDArray[np.float64]:
@@ -68,6 +70,7 @@ class Solution:
             self.profile_error[index],
             self.expected_square[index],
             self.condition_number[index],
+            self.nearest_square[index],
         )
 
 
@@ -128,7 +131,7 @@ def solve(
 
     # Targets with the same eligible inputs share one factorisation.
     times = np.array([t for t, _ in known])
-    out = Solution(np.zeros((len(wanted), len(known))), *np.full((3, len(wanted)), np.nan))
+    out = Solution(np.zeros((len(wanted), len(known))), *np.full((4, len(wanted)), np.nan))
     for last in dict.fromkeys(t for t, _ in wanted):
         rows = [k for k, (t, _) in enumerate(wanted) if t == last]
         usable = np.flatnonzero(times <= last)
@@ -150,6 +153,7 @@ def solve(
         out.coefficients[np.array(rows)[:, None], usable] = x
         out.expected_square[rows] = kriging.expected_square(x)
         out.condition_number[rows] = condition
+        out.nearest_square[rows] = kriging.nearest_square()
         out.profile_error[rows] = _profile_error(subset, goals, x)
     return out[0] if single else out
 
@@ -239,6 +243,11 @@ class _Kriging:
     def expected_square(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         misfit = self.rows @ x.T - self.goal
         return (misfit**2).sum(0) + (x**2) @ self.noise
+
+    def nearest_square(self) -> NDArray[np.float64]:
+        square = (self.rows**2).sum(0)[:, None] - 2 * self.rows.T @ self.goal
+        square += (self.goal**2).sum(0)
+        return (np.maximum(square, 0) + self.noise[:, None]).min(0)
 
 
 def _solve_triangle(

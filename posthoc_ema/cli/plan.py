@@ -18,8 +18,9 @@ from posthoc_ema.cli.options import (
 )
 from posthoc_ema.cli.output import command, echo_json, format_error, table
 from posthoc_ema.encoding import ENCODINGS
-from posthoc_ema.plan import RATES, Plan
+from posthoc_ema.plan import Plan
 from posthoc_ema.plan import plan as make_plan
+from posthoc_ema.planning import RATES
 from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.thinning import Thinning
 
