@@ -27,7 +27,7 @@ LAYERS = [
         "trackers.torch_model",
         "trackers.__init__",
     ],
-    ["forecast", "thinning", "evaluations", "trackers.torch", "trackers.jax"],
+    ["forecast", "planning", "thinning", "evaluations", "trackers.torch", "trackers.jax"],
     ["sweep", "plots", "plan", "pruning", "trackers.pick"],
     ["ema"],
     ["cli", "cli.*"],

@@ -79,6 +79,14 @@ def test_a_run_that_tells_nothing(tmp_path: Path) -> None:
     assert "does not tell how the weights move" in said.stderr
 
 
+def test_a_run_that_stood_still(tmp_path: Path) -> None:
+    ema = EMA(snapshots=tmp_path / "ema", every=2)
+    for _ in range(8):
+        ema.update({"w": np.ones(100)})
+    said = invoke("plan", "--budget", 8, "--t-end", 10, "--like", tmp_path / "ema", status=MISUSE)
+    assert "the same in all snapshots" in said.stderr
+
+
 def test_a_damaged_run(run: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", every=80)
     victim = sorted(folder.glob("*.safetensors"))[0]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from posthoc_ema import EMA, AtTimes, Plan, PowerFunction, plan, solve
 from posthoc_ema.encoding import ENCODINGS
 from posthoc_ema.movement import Movement
-from posthoc_ema.plan import RATES
+from posthoc_ema.planning import RATES
 from posthoc_ema.thinning import Thinning
 
 TWO = (0.05, 0.10)
