@@ -45,10 +45,11 @@ class Task:
     unit: float
     noise: float
 
-    def tracks(self, wanted: Sequence[float] | int | None) -> tuple[float, ...]:
+    def tracks(self, wanted: Sequence[float] | float | None) -> tuple[float, ...]:
         """Tracks as given, or the best of a grid over the range at a medium number of times."""
         if wanted is not None and not isinstance(wanted, int):
-            given = tuple(float(sigma_rel) for sigma_rel in wanted)
+            listed = [wanted] if isinstance(wanted, float) else wanted
+            given = tuple(float(sigma_rel) for sigma_rel in listed)
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"tracks must name at least one, each once (got {wanted})")
             for sigma_rel in given:

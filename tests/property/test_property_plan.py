@@ -214,6 +214,10 @@ def test_tracks_are_chosen(number: int) -> None:
     assert all(0.02 <= s <= 0.15 for s in made.sigma_rel)
 
 
+def test_one_track_may_be_a_number() -> None:
+    assert plan(4, RANGE, 0.1, t_end=1.0) == plan(4, RANGE, [0.1], t_end=1.0)
+
+
 def test_one_length() -> None:
     made = plan(4, (0.1, 0.1), t_end=1.0)
     assert made.targets == (0.1,)
