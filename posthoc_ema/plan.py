@@ -94,8 +94,8 @@ def plan(
             ``snapshot_bytes`` or ``parameters``, their bytes. With an open end the newest time
             comes on top while it is being written.
         sigma_rel_range: Shortest and longest σ_rel to be reconstructed.
-        tracks: σ_rel to follow, or (a whole number) how many to choose; default: two. Each costs one
-            copy of the model in memory while training.
+        tracks: σ_rel to follow, or (a whole number) how many to choose; default: two. Each costs
+            one copy of the model in memory while training.
         t_end: When training ends, in units of t. If it then ends at another time, call
             ``ema.snapshot()`` there. None: the end is open.
         every: Known end: times are multiples of it (default: 1 if ``t_end`` is a whole number).
@@ -219,65 +219,3 @@ def _targets(sigma_rel_range: tuple[float, float]) -> tuple[float, ...]:
         raise ValueError(f"sigma_rel_range must rise (got {sigma_rel_range})")
     middle = np.geomspace(low, high, _TARGETS)[1:-1].tolist() if high > low else []
     return tuple(dict.fromkeys([low, *middle, high]))
-<<<<<<< ours
-=======
-
-
-def _grid(low: float, number: int, t_end: float, every: float | None) -> NDArray[np.float64]:
-    """Candidate times up to ``t_end``: half of them even, half denser and denser to the end."""
-    even = np.linspace(0, 1, number // 2 + 1)[1:]
-    late = 1 - np.geomspace(low / 8, 0.5, number - number // 2)
-    times = np.concatenate([even, late]).round(12) * t_end
-    if every is None and t_end > 1 and float(t_end).is_integer():
-        every = 1
-    if every is not None:
-        if not 0 < every <= t_end:
-            raise ValueError(f"every must be > 0 and at most t_end={t_end} (got {every})")
-        times = np.ceil(times / every - 1e-9) * every
-    return np.unique(np.concatenate([times[times < t_end], [t_end]]))
-
-
-def _movements(
-    movement: str | Movement, like: str | os.PathLike[str] | SnapshotStore | None
-) -> tuple[tuple[Movement, ...], float]:
-    """Possible movements over [0, 1] with integral 1, and the variance of the whole."""
-    if like is not None:
-        store = like if isinstance(like, SnapshotStore) else SnapshotStore(like)
-        evidence = gather_evidence(store.list())
-        if evidence.remarks and not np.isfinite(evidence.movement.rate).all():
-            raise ValueError(f"{store.path} does not tell how the weights move: one snapshot only")
-        unit = _total(evidence.movement) * evidence.moving_share / evidence.mean_square
-        return (_over_unit_time(evidence.movement),), unit
-    if isinstance(movement, Movement):
-        return (_over_unit_time(movement),), 1.0
-    if movement not in RATES:
-        raise ValueError(
-            f"movement must be one of {', '.join(RATES)}, or a Movement (got {movement!r})"
-        )
-    names = ("constant", "cosine") if movement == "unknown" else (movement,)
-    return tuple(_over_unit_time(_squared_rate(name)) for name in names), 1.0
-
-
-def _squared_rate(name: str) -> Movement:
-    """Movement at the square of a learning rate of a usual shape, over [0, 1]."""
-    edges = np.linspace(0, 1, 65)
-    u = (edges[1:] + edges[:-1]) / 2
-    rate = {
-        "constant": np.ones_like(u),
-        "inverse-sqrt": 1 / np.sqrt(np.maximum(u / 0.1, 1)),  # constant over a tenth of the run
-        "linear": 1 - u,
-        "cosine": (1 + np.cos(np.pi * u)) / 2,
-    }[name]
-    return Movement(edges, rate**2)
-
-
-def _over_unit_time(movement: Movement) -> Movement:
-    end, total = float(movement.edges[-1]), _total(movement)
-    if not 0 < total < inf:
-        raise ValueError("the movement must be finite and not zero throughout")
-    return Movement(movement.edges / end, movement.rate * end / total, movement.drift)
-
-
-def _total(movement: Movement) -> float:
-    return float(np.diff(movement.edges) @ movement.rate)
->>>>>>> theirs

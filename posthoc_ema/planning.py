@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import inf
 from typing import TYPE_CHECKING
@@ -183,7 +183,7 @@ def _over_unit_time(movement: Movement) -> Movement:
     end, total = float(movement.edges[-1]), _total(movement)
     if not 0 < total < inf:
         raise ValueError("the movement must be finite and not zero throughout")
-    return Movement(movement.edges / end, movement.rate * end / total)
+    return Movement(movement.edges / end, movement.rate * end / total, movement.drift)
 
 
 def _total(movement: Movement) -> float:
