@@ -183,7 +183,7 @@ def _over_unit_time(movement: Movement) -> Movement:
     end, total = float(movement.edges[-1]), _total(movement)
     if not 0 < total < inf:
         raise ValueError("the movement must be finite and not zero throughout")
-    return Movement(movement.edges / end, movement.rate * end / total, movement.drift)
+    return replace(movement, edges=movement.edges / end, rate=movement.rate * end / total)
 
 
 def _total(movement: Movement) -> float:
