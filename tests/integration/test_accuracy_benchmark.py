@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from benchmarks import peer_synthesis
 from benchmarks import reconstruct_accuracy as accuracy
 from benchmarks.training_runs import RUNS
 from benchmarks.trajectories import TARGETS, TRACKS, Averages, Recording, record
@@ -95,6 +96,19 @@ def test_a_bar_that_is_missed_is_called_missed():
     assert "MISSED  float16, gain: 0.50" in worse
     assert "MISSED  float16, smallest gain: 0.50" in worse
     assert "met     float16, share predicted within 2.5 ×: 1.00" in worse
+
+
+def test_checkpoints_for_other_libraries_hold_the_same_averages(run, recording, tmp_path):
+    import torch
+
+    peer_synthesis.write_checkpoints(recording, run.make().model, tmp_path, 8)
+    assert len(list(tmp_path.iterdir())) == 16
+    state = torch.load(tmp_path / f"1.{STEPS}.pt", weights_only=True)
+    assert state["step"] == STEPS
+    stored = np.concatenate([state[f"ema_model.{n}"].numpy().ravel() for n in recording.shapes])
+    # Rounding to float16: half a unit in the last of 11 bits.
+    assert accuracy.relative_error(stored, recording.tracks[-1, 1]) < 2.0**-11
+    assert accuracy.relative_error(stored, recording.tracks[-1, 0]) > 2.0**-11
 
 
 def test_benchmark_runs_and_leaves_recorded_results_alone(tmp_path):
