@@ -12,7 +12,7 @@ from posthoc_ema.blocks import BLOCK
 from posthoc_ema.chain import is_residual, with_inputs
 from posthoc_ema.encoding import all_finite, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
-from posthoc_ema.movement import Movement, fit_movement, neighbours
+from posthoc_ema.movement import Movement, fit_movement, informative
 from posthoc_ema.snapshot_file import Snapshot
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _SAMPLE_BYTES = 32 << 20  # of all snapshots together: with many, fewer weights 
 _RUN = 512  # weights read in one piece: neighbours cost nothing once the disk has been asked
 _GAP, _READ = 1 << 14, 1 << 20  # bytes between pieces that one read joins, and at most of it
 _MIN_SAMPLE = 64
-_HUGE = 1e300
+_CHUNK = 1 << 13
 # Averages live in float32 (or float64), so even exact storage leaves them this uncertain
 # (variance, relative to the mean square).
 _ROUNDING = {"F32": 2.0**-50, "F64": 2.0**-108}
@@ -66,7 +66,10 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
     """
     mean_square = float(snapshots[-1].statistics["mean_square"])
     t_last = float(snapshots[-1].t)
-    sample, weights = sample_weights(snapshots, seed)
+    times = np.array([float(s.t) for s in snapshots])
+    chosen = np.flatnonzero(np.isin(times, informative(times)))
+    sampled = [snapshots[int(i)] for i in chosen]
+    sample, weights = sample_weights(sampled, seed)
     if len(snapshots) < 2 or not len(weights):
         remark = "one snapshot: the movement of the weights is unknown, no error is predicted"
         unknown = Movement.constant(t_last, np.nan)
@@ -81,33 +84,40 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
         return Evidence(movement, noise, 0.0, mean_square, (remark,))
 
     sample = np.compress(moves, sample, axis=1)  # by rows in memory, unlike sample[:, moves]
-    root = np.sqrt(weights[moves] / weights[moves].sum()).astype(sample.dtype)
+    weights = weights[moves] / weights[moves].sum()
     remarks = []
     if sample.shape[1] < _MIN_SAMPLE:
         remarks.append(f"only {sample.shape[1]} weights: the predicted error is a rough guess")
+    squares, products = _products(sample, weights)
     noise = np.array(
-        [_noise(s, _mean_square(row * root)) for s, row in zip(snapshots, sample, strict=True)]
+        [
+            _noise(s, m)
+            for s, m in zip(snapshots, np.interp(times, times[chosen], squares), strict=True)
+        ]
     )
-    inputs = [(float(s.t), s.profile) for s in snapshots]
-    pairs = neighbours(np.array([t for t, _ in inputs]))
-    distances = np.empty(len(pairs[0]))
-    difference = np.empty_like(root)
-    for k, (i, j) in enumerate(zip(*pairs, strict=True)):
-        np.subtract(sample[i], sample[j], out=difference)
-        difference *= root
-        distances[k] = _mean_square(difference)
-    movement = fit_movement(inputs, pairs, distances, noise)
+    inputs = [(float(s.t), s.profile) for s in sampled]
+    if np.isfinite(products).all():
+        movement = fit_movement(inputs, products, noise[chosen], 1 / (weights**2).sum())
+    else:  # large only because of damage, which the pass will find
+        movement = Movement.constant(t_last, mean_square / t_last or 1.0)
     return Evidence(movement, noise, share, mean_square, tuple(remarks))
 
 
-def _mean_square(scaled: NDArray[Any]) -> float:
-    """Of values that were multiplied by the root of their weights."""
-    # Not a BLAS product: its threads would spin on, and this is done for hundreds of pairs.
-    with np.errstate(over="ignore"):
-        square = float(np.einsum("i,i->", scaled, scaled))
-        if not np.isfinite(square):  # large only because of damage, which the pass will find
-            square = float(np.einsum("i,i->", scaled, scaled, dtype=np.float64, casting="safe"))
-    return min(square, _HUGE)
+def _products(
+    sample: NDArray[Any], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean squares of the rows, and mean products of the differences between consecutive ones."""
+    n = len(sample)
+    squares, products = np.zeros(n), np.zeros((n - 1, n - 1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, sample.shape[1], _CHUNK):
+            piece = sample[:, start : start + _CHUNK].astype(np.float64)
+            piece *= np.sqrt(weights[start : start + _CHUNK])
+            squares += np.einsum("ij,ij->i", piece, piece)
+            # Differences of neighbours, not from one reference: small ones keep their digits.
+            difference = np.diff(piece, axis=0)
+            products += difference @ difference.T
+    return np.minimum(squares, np.finfo(np.float64).max), products
 
 
 def _noise(snapshot: Snapshot, mean_square: float) -> float:

@@ -1,12 +1,18 @@
-"""How fast the weights moved during training, estimated from their snapshots.
+"""How the weights moved during training, estimated from their snapshots.
 
-Averages of one trajectory with cumulative profiles F_i and F_j differ by -∫(F_i - F_j) dθ.
-Taking the increments dθ as uncorrelated, with variance rate r(τ) per weight, gives
+Averages of one trajectory with cumulative profiles F_i and F_j differ by -∫(F_i - F_j) dθ. The
+increments dθ have two parts. Gradient noise is uncorrelated over time, with variance rate r(τ) per
+weight; a drift follows the slope of the loss, at a speed that goes with the same learning rate and
+in a direction that is slowly forgotten:
 
-    E|S_i - S_j|² = ∫ r (F_i - F_j)² dτ + ν_i + ν_j
+    E[dθ(τ) dθ(τ')] = (r(τ) δ(τ - τ') + α √(r(τ) r(τ')) exp(-|τ - τ'| / T)) dτ dτ'
 
-with ν the variance of storage rounding. The left side is measured on a sample of weights; r,
-constant between neighbouring snapshot times, is what explains it.
+with T the length of training. Differences of snapshots are linear in dθ, so r and α give their
+covariance Σ, storage rounding included. What was measured on a sample of weights is the matrix S
+of their mean products, and the estimate minimises log det Σ + tr(Σ⁻¹ S): the likelihood of
+Gaussian increments (restricted maximum likelihood, as constants drop out of differences). Unlike
+a fit to distances it weighs small combinations of snapshots as much as large ones, and errors of
+reconstructions are such combinations.
 """
 
 from __future__ import annotations
@@ -23,25 +29,36 @@ from posthoc_ema.quadrature import interval_quadrature
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MAX_RATES = 64  # with more snapshot times than these, neighbouring intervals share a rate
-_MAX_PAIRS = 2048
+SMOOTHNESS = 0.01
+"""Penalty on (log r_{k+1} - log r_k)²; from 0.003 to 0.03 gives nearly the same."""
 
-SMOOTHNESS = 0.1
-"""Penalty on (log r_{k+1} - log r_k)²; anything from 0.01 to 10 gives nearly the same."""
+_START_SLOPE = -0.5  # of log r over log τ before the first snapshot, which nothing tells
+_GRADES = 0.5 ** np.arange(1, 4)
+_START = np.array([0.125, 0.25, 0.5, 0.75])
+_PERSISTENCE = 0.5
+_MAX_TIMES = 40  # that an estimate is made from
+_LATE_TIMES = 16  # of these, the last ones without gaps
+_FEW = 1000  # weights below which S is itself uncertain
+_LEAST_RATE = 1e-12  # of the largest one
+_STEPS_OF_DRIFT = 512  # its direction changes in so many steps over training
+_LIMIT = 1e-13  # of the diagonal of Σ: what double precision leaves of it
 
 
 @dataclass(frozen=True, eq=False)
 class Movement:
-    """Variance rate of the weights over training time.
+    """Covariance of the increments of a weight over training time.
 
     Attributes:
         edges: ``[K+1]`` times, from 0, rising; the rate is constant between neighbours and the
             last one holds beyond the end.
         rate: ``[K]`` mean squared increment of one weight per unit of t, >= 0.
+        drift: α times the last edge, >= 0: about the variance that drift adds over all of
+            training, relative to that of the noise.
     """
 
     edges: NDArray[np.float64]
     rate: NDArray[np.float64]
+    drift: float = 0.0
 
     @classmethod
     def constant(cls, t: float, rate: float = 1.0) -> Movement:
@@ -61,108 +78,216 @@ class Movement:
         nodes, weights = interval_quadrature([*times, *self.edges, *breaks], end)
         return nodes, weights * self.rate_at(nodes)
 
+    def whiten(
+        self,
+        nodes: NDArray[np.float64],
+        weights: NDArray[np.float64],
+        functions: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Rows whose products are covariances of the integrals ∫ f dθ.
+
+        Args:
+            nodes: ``[m]`` as from :meth:`quadrature`.
+            weights: ``[m]`` likewise.
+            functions: ``[m, k]`` values of f at the nodes.
+
+        Returns:
+            ``[m, k]``, more with drift; their Gram matrix ``[k, k]`` is what is meant.
+        """
+        rows = np.sqrt(weights)[:, None] * functions
+        if not self.drift:
+            return rows
+        rate = self.rate_at(nodes)
+        mass = np.divide(weights, np.sqrt(rate), out=np.zeros_like(rate), where=rate > 0)
+        end = float(self.edges[-1])
+        # Drift is slow: what it does within a small step needs no rows of its own.
+        step = np.floor(nodes / end * _STEPS_OF_DRIFT)
+        starts = np.flatnonzero(np.diff(step, prepend=-1.0))
+        parts = np.add.reduceat(mass[:, None] * functions, starts)
+        steady = _factor_of_memory(step[starts] / _STEPS_OF_DRIFT, parts)
+        return np.concatenate([rows, (self.drift / end) ** 0.5 * steady])
+
     def rate_at(self, tau: NDArray[np.float64]) -> NDArray[np.float64]:
         """r(τ)."""
-        last = len(self.rate) - 1
-        return self.rate[np.clip(np.searchsorted(self.edges, tau, "right") - 1, 0, last)]
+        return self.rate[_interval(self.edges, tau)]
 
 
-def neighbours(
-    times: NDArray[np.float64], reach: int = 3
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Pairs of snapshots whose times are at most ``reach`` places apart.
+def _interval(edges: NDArray[np.float64], tau: NDArray[np.float64]) -> NDArray[np.intp]:
+    return np.clip(np.searchsorted(edges, tau, "right") - 1, 0, len(edges) - 2)
 
-    Distant pairs say little about where the weights moved, and there are many of them.
+
+def _factor_of_memory(tau: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lᵀ·values with L Lᵀ = exp(-|τ_i - τ_j|), for τ rising within a few units.
+
+    Such a covariance is that of an Ornstein-Uhlenbeck process, whose innovations are
+    independent: value j counts exp(-(τ_j - τ_i)) in each earlier innovation i.
     """
-    place = np.unique(times, return_inverse=True)[1]
-    first, second = np.triu_indices(len(times), 1)
-    near = np.flatnonzero(np.abs(place[first] - place[second]) <= reach)
-    if len(near) > _MAX_PAIRS:  # evenly spread: thousands of pairs say no more
-        near = near[np.linspace(0, len(near) - 1, _MAX_PAIRS).astype(np.intp)]
-    return first[near], second[near]
+    fading = np.exp(-tau)[:, None]
+    later = np.cumsum((fading * values)[::-1], axis=0)[::-1] / fading
+    innovation = np.sqrt(-np.expm1(-2 * np.diff(tau)))
+    return np.concatenate([[1.0], innovation])[:, None] * later
+
+
+def informative(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Snapshot times that an estimate is made from: the last ones, and of the others some.
+
+    Distant times far apart say how fast the weights moved there; only the last ones need detail.
+    """
+    times = np.unique(times)
+    early = len(times) - _LATE_TIMES
+    if len(times) <= _MAX_TIMES:
+        return times
+    chosen = np.linspace(0, early - 1, _MAX_TIMES - _LATE_TIMES).round().astype(np.intp)
+    return np.concatenate([times[chosen], times[early:]])
 
 
 def fit_movement(
     inputs: Sequence[tuple[float, Profile]],
-    pairs: tuple[NDArray[np.intp], NDArray[np.intp]],
-    distances: NDArray[np.float64],
+    products: NDArray[np.float64],
     noise: NDArray[np.float64],
+    weights: float = np.inf,
 ) -> Movement:
-    """Fit the rate to measured distances between snapshots.
-
-    Least squares on the *logarithm* of the distances, so that a quiet phase counts as much as
-    a busy one, with neighbouring rates tied together: plain non-negative least squares sets
-    single rates to zero and then trusts a trajectory that it takes to stand still.
+    """Fit rate and drift to the differences between consecutive snapshots.
 
     Args:
-        inputs: ``n`` snapshots as (t, profile).
-        pairs: Two ``[m]`` index arrays.
-        distances: ``[m]`` mean squared difference per weight of each pair.
+        inputs: ``n`` >= 2 snapshots as (t, profile), in order of time.
+        products: ``[n-1, n-1]`` mean over weights of the products of the differences
+            S_{i+1} - S_i.
         noise: ``[n]`` variance of storage rounding per weight.
+        weights: How many weights the mean was taken over.
 
     Returns:
-        The fitted rate; zero throughout where the snapshots do not differ.
+        The fitted movement; of rate zero throughout where the snapshots do not differ.
     """
-    times = np.unique([t for t, _ in inputs])
-    number = min(len(times), _MAX_RATES)
-    kept = times[np.linspace(len(times) - 1, 0, number).astype(np.intp)[::-1]]
-    edges = np.concatenate([[0.0], kept])
-    first, second = pairs
-    floor = noise[first] + noise[second]
-    usable = distances > 0
+    edges = _grid(np.unique([t for t, _ in inputs]))
+    measured = np.diag(products)
+    usable = measured > 0
     if not usable.any():
         return Movement(edges, np.zeros(len(edges) - 1))
-    first, second = first[usable], second[usable]
-    distances, floor = distances[usable], floor[usable]
+    nodes, mass = interval_quadrature(edges.tolist(), float(edges[-1]))
+    survival = np.stack([1 - profile.cumulative(nodes, t) for t, profile in inputs], axis=1)
+    model = _Model(nodes, mass, np.diff(survival, axis=1), edges, noise)
 
-    nodes, weights = interval_quadrature(list(times), float(edges[-1]))
-    cumulative = np.stack([profile.cumulative(nodes, t) for t, profile in inputs])
-    interval = np.clip(np.searchsorted(edges, nodes, "right") - 1, 0, len(edges) - 2)
-    starts = np.searchsorted(interval, np.arange(len(edges) - 1))
-    share = np.stack(
-        [
-            np.add.reduceat(weights * (cumulative[i] - cumulative[j]) ** 2, starts)
-            for i, j in zip(first, second, strict=True)
-        ]
-    )
-    # What rounding alone could explain says nothing about movement.
-    trust = np.clip(1 - floor / distances, 0.02, 1)
-    rate = np.full(len(edges) - 1, float(np.exp(np.mean(np.log(distances / share.sum(1))))))
-    return Movement(edges, _gauss_newton(rate, share, distances, floor, trust))
+    of_unit_rate = mass @ model.rows**2
+    level = np.mean(np.log(measured[usable] / of_unit_rate[usable]))
+    penalty = SMOOTHNESS * max(1.0, _FEW / weights)
+    start = np.concatenate([np.full(len(edges) - 1, level), [0.0]])
+    fitted = _minimise(model, products, start, *_smoothness(edges, float(inputs[0][0]), penalty))
+    rate = np.exp(fitted[:-1])
+    # Where weights of some tensors rest, others may move: no coefficient there shall be free.
+    return Movement(edges, np.maximum(rate, _LEAST_RATE * rate.max()), float(np.exp(fitted[-1])))
 
 
-def _gauss_newton(
-    rate: NDArray[np.float64],
-    share: NDArray[np.float64],
-    distances: NDArray[np.float64],
-    floor: NDArray[np.float64],
-    trust: NDArray[np.float64],
+def _grid(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Edges of rates, two for each interval, more for the outer ones."""
+    starts = np.concatenate([[0.0], times[:-1]])
+    edges = np.concatenate([starts, times, (starts + times) / 2, times[0] * _START])
+    # Short averages at the end see but a small part of the last interval.
+    return np.unique(np.concatenate([edges, times[-1] - (times[-1] - starts[-1]) * _GRADES]))
+
+
+def _smoothness(
+    edges: NDArray[np.float64], first: float, penalty: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Matrix and right side of the penalty |R p - a|²."""
+    k = len(edges) - 1
+    rough, aim = np.zeros((k, k + 1)), np.zeros(k)
+    rough[:-1, :-1] = np.diff(np.eye(k), axis=0)
+    # Nothing tells the rate long before the first snapshot: go on with a part of the slope, over
+    # log τ, that is seen where its averages begin to count, and rise a little towards 0.
+    centres = np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
+    distance = np.diff(np.log(centres))
+    for i in np.flatnonzero(edges[1:-1] <= first / 2):
+        rough[i, :-1] -= _PERSISTENCE * rough[i + 1, :-1] * distance[i] / distance[i + 1]
+        aim[i] = (1 - _PERSISTENCE) * _START_SLOPE * distance[i]
+    rough *= penalty**0.5
+    rough[-1, -1] = 0.03  # where there is no telling, a drift of one
+    return rough, aim * penalty**0.5
+
+
+class _Model:
+    """Σ as a function of p = (log r_1 … log r_K, log drift), and its derivatives."""
+
+    def __init__(
+        self,
+        nodes: NDArray[np.float64],
+        mass: NDArray[np.float64],
+        rows: NDArray[np.float64],
+        edges: NDArray[np.float64],
+        noise: NDArray[np.float64],
+    ) -> None:
+        self.rows, self.mass = rows, mass
+        self.interval = _interval(edges, nodes)
+        self.starts = np.searchsorted(self.interval, np.arange(len(edges) - 1))
+        self.tau, self.end = nodes / edges[-1], edges[-1]
+        # Neighbouring differences share a snapshot, and its rounding.
+        self.noise = np.diag(noise[1:] + noise[:-1])
+        shared = np.arange(len(noise) - 2)
+        self.noise[shared, shared + 1] = self.noise[shared + 1, shared] = -noise[1:-1]
+
+    def covariance(self, p: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Σ ``[n-1, n-1]`` and its derivatives ``[K+1, n-1, n-1]``."""
+        rate, drift = np.exp(p[:-1])[self.interval], np.exp(p[-1]) / self.end
+        noisy = np.sqrt(self.mass * rate)[:, None] * self.rows
+        slow = (self.mass * np.sqrt(rate))[:, None] * self.rows
+        fading = np.exp(-self.tau)[:, None]
+        # exp(-|τ_i - τ_j|) times the columns, by sums from both sides.
+        spread = fading * np.cumsum(slow / fading, axis=0) - slow
+        spread += np.cumsum((fading * slow)[::-1], axis=0)[::-1] / fading
+        derivatives = np.empty((len(p), rows := self.rows.shape[1], rows))
+        stops = [*self.starts[1:], len(rate)]
+        for k, part in enumerate(map(slice, self.starts, stops)):
+            cross = slow[part].T @ spread[part]
+            derivatives[k] = noisy[part].T @ noisy[part] + (drift / 2) * (cross + cross.T)
+        derivatives[-1] = drift * (slow.T @ spread)
+        return derivatives[:-1].sum(0) + self.noise, derivatives
+
+
+def _minimise(
+    model: _Model,
+    products: NDArray[np.float64],
+    p: NDArray[np.float64],
+    rough: NDArray[np.float64],
+    aim: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Minimise Σ trust² log²(predicted/measured) + λ Σ (Δ log r)² over log r, damped."""
-    roughness = np.diff(np.eye(len(rate)), axis=0) * SMOOTHNESS**0.5
+    """Fisher scoring with damping, on log det Σ + tr(Σ⁻¹ S) + penalties."""
 
-    def residuals(log_rate: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        parts = share * np.exp(log_rate)
-        predicted = parts.sum(1) + floor
-        misfit = trust * np.log(predicted / distances)
-        jacobian = trust[:, None] * parts / predicted[:, None]
-        return np.concatenate([misfit, roughness @ log_rate]), np.concatenate([jacobian, roughness])
+    def evaluate(
+        p: NDArray[np.float64],
+    ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+        sigma, derivatives = model.covariance(p)
+        scale = 1 / np.sqrt(np.diag(sigma))
+        scaled = sigma * scale[:, None] * scale + _LIMIT * np.eye(len(sigma))
+        whitening = np.linalg.inv(np.linalg.cholesky(scaled)) * scale
+        seen = whitening @ products @ whitening.T
+        value = float(np.trace(seen)) - 2 * float(np.log(np.diag(whitening)).sum())
+        # Two large products for all derivatives, which are symmetric, not two small ones for each.
+        once = derivatives.reshape(-1, len(sigma)) @ whitening.T
+        once = once.reshape(derivatives.shape).swapaxes(1, 2).reshape(-1, len(sigma))
+        flat = (once @ whitening.T).reshape(len(p), -1)
+        gradient = flat @ (np.eye(len(sigma)) - seen).ravel()
+        off = rough @ p - aim
+        # Of one half: of a sum of squares the Gauss-Newton matrix.
+        return (
+            value + float(off @ off),
+            gradient + 2 * rough.T @ off,
+            flat @ flat.T + 2 * rough.T @ rough,
+        )
 
-    log_rate, damping = np.log(rate), 1e-3
-    value, jacobian = residuals(log_rate)
-    for _ in range(50):
-        normal, gradient = jacobian.T @ jacobian, jacobian.T @ value
-        scale = np.diag(normal).mean() or 1.0
-        step = np.linalg.solve(normal + damping * scale * np.eye(len(rate)), gradient)
-        trial = log_rate - np.clip(step, -3, 3)
-        trial_value, trial_jacobian = residuals(trial)
-        gain = value @ value - trial_value @ trial_value
-        if gain < 0:
-            damping *= 10
+    damping = 1e-3
+    value, gradient, hessian = evaluate(p)
+    for _ in range(60):
+        ridge = damping * np.diag(np.diag(hessian) + 1e-9)
+        step = np.clip(np.linalg.solve(hessian + ridge, gradient), -2, 2)
+        found = evaluate(p - step)
+        gain = value - found[0]
+        if not gain >= 0:
+            damping = max(damping, 1e-3) * 10
             if damping > 1e6:
                 break
             continue
-        log_rate, value, jacobian, damping = trial, trial_value, trial_jacobian, damping / 4
-        if gain <= 1e-9 * (value @ value):
+        p, damping = p - step, damping / 5
+        value, gradient, hessian = found
+        if gain <= 1e-3:
             break
-    return np.exp(log_rate)
+    return p

@@ -78,10 +78,16 @@ class Pool:
         square = np.empty((len(movements), len(targets)))
         for s, movement in enumerate(movements):
             nodes, weights = movement.quadrature([float(t) for t in times], end, breaks)
-            root, level = np.sqrt(weights), np.maximum(noise, _LEAST_NOISE * weights.sum())
-            survival = np.stack([1 - p.cumulative(nodes, t) for t, p in averages])
-            goals = np.stack([1 - p.cumulative(nodes, end) for p in targets])
-            rows, right = root * (survival - survival[base]), root * (goals - survival[base])
+            level = np.maximum(noise, _LEAST_NOISE * weights.sum())
+            survival = np.stack(
+                [
+                    *(1 - p.cumulative(nodes, t) for t, p in averages),
+                    *(1 - p.cumulative(nodes, end) for p in targets),
+                ],
+                axis=1,
+            )
+            whitened = movement.whiten(nodes, weights, survival - survival[:, [base]]).T
+            rows, right = whitened[: len(averages)], whitened[len(averages) :]
             # The base's own coefficient is 1 - Σz: its noise enters everywhere.
             inner = rows @ rows.T + level[base] + np.diag(level)
             gram[s][np.ix_(column, column)] = inner

@@ -191,7 +191,7 @@ def _solve_psd(
 
 
 class _Kriging:
-    """min ∫ r (Σ x_i F_i - F*)² dτ + Σ ν_i x_i²  subject to  Σ x_i = 1, by QR.
+    """min E|∫ (Σ x_i F_i - F*) dθ|² + Σ ν_i x_i²  subject to  Σ x_i = 1, by QR.
 
     Working on the sampled profiles themselves, not on their Gram matrix, squares no condition
     number: three tracks of 512 snapshots are nearly collinear in float64 otherwise.
@@ -207,9 +207,9 @@ class _Kriging:
         end = targets[0][0]
         breaks = [b for t, profile in [*inputs, *targets] for b in profile.breakpoints(t)]
         nodes, weights = movement.quadrature([t for t, _ in inputs], end, breaks)
-        root = np.sqrt(weights)[:, None]
-        self.rows = root * _survival(nodes, inputs)
-        self.goal = root * _survival(nodes, targets)
+        survival = _survival(nodes, [*inputs, *targets])
+        whitened = movement.whiten(nodes, weights, survival)
+        self.rows, self.goal = whitened[:, : len(inputs)], whitened[:, len(inputs) :]
         self.noise = noise
 
     def coefficients(self) -> tuple[NDArray[np.float64], float]:

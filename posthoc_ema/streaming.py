@@ -323,7 +323,7 @@ def _raise_non_finite(used: Sequence[Snapshot], run: _Run, start: int, block: ND
             break
         place -= entry.count
     bad = [s for s in used if not np.isfinite(s.stored(entry.name)).all()]
-    for snapshot in bad:
+    for snapshot in bad or used:
         snapshot.verify()  # damage shall be called damage
     culprits = [snapshot.path for snapshot in bad]
     where = f"in {', '.join(map(str, culprits))}" if culprits else "by overflow of float32"

@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_at_most
 
 from posthoc_ema import PowerFunction, plan, solve
-from posthoc_ema.movement import fit_movement, neighbours
+from posthoc_ema.movement import fit_movement
 
 RUNS = ["mlp-sgd-constant", "mlp-adam-onecycle"]
 EVEN_TRACKS = (0.05, 0.10)
@@ -39,9 +39,8 @@ def worst_true_error(path: Any, times: Any, tracks: Any, lengths: Any) -> float:
     stored = np.stack([average(path, p.sigma_rel, t) for t, p in inputs]).astype(np.float32)
     stored = stored.astype(np.float64)
     noise = np.full(len(inputs), 2.0**-50 * np.mean(stored[-1] ** 2))
-    first, second = pairs = neighbours(np.array([t for t, _ in inputs]))
-    distances = ((stored[first] - stored[second]) ** 2).mean(1)
-    movement = fit_movement(inputs, pairs, distances, noise)
+    steps = np.diff(stored, axis=0)
+    movement = fit_movement(inputs, steps @ steps.T / stored.shape[1], noise, stored.shape[1])
     solution = solve(inputs, [(len(path), s) for s in lengths], movement=movement, noise=noise)
     errors = []
     for s, x in zip(lengths, solution.coefficients, strict=True):
