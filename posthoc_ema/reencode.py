@@ -27,6 +27,7 @@ def write_again(
     encoding: str,
     earlier: Sequence[Snapshot],
     memory: Memory,
+    rewrites: int = 0,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Write a snapshot to another file; what it lost by rounding before stays on record.
@@ -37,6 +38,7 @@ def write_again(
         encoding: In which encoding.
         earlier: Snapshots that it may be predicted from.
         memory: Of some of them; receives this one.
+        rewrites: How often it was written before, in the same folder.
         progress: Called with the number of bytes read.
 
     Raises:
@@ -60,6 +62,7 @@ def write_again(
         encoding,
         prediction,
         rounded_before=snapshot.statistics["rounding_square"],
+        rewrites=rewrites,
         decoded=decoded,
     )
     if decoded is not None:

@@ -123,6 +123,7 @@ class Snapshot:
         entries: All tensors of the file, in the order of its bytes; averages of a block type are
             what remains after a prediction.
         nbytes: Size of the file.
+        rewrites: How often pruning wrote it once more.
         links: From which snapshots it was predicted.
         inputs: The same as (coefficient, snapshot), once the store found them.
     """
@@ -138,6 +139,7 @@ class Snapshot:
     digests: Mapping[str, str]
     entries: Mapping[str, TensorEntry]
     nbytes: int
+    rewrites: int = 0
     links: tuple[Link, ...] = ()
     inputs: tuple[tuple[float, Snapshot], ...] = field(default=(), compare=False, repr=False)
 
@@ -195,6 +197,7 @@ class Snapshot:
                 digests=data["digest"],
                 entries=entries,
                 nbytes=path.stat().st_size,
+                rewrites=data["rewrites"],
                 links=tuple(Link(*link) for link in data["prediction"]),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -88,6 +88,7 @@ def write_snapshot(
     encoding: str = "float32",
     prediction: Prediction | None = None,
     rounded_before: float = 0.0,
+    rewrites: int = 0,
     decoded: dict[str, NDArray[Any]] | None = None,
 ) -> None:
     """Write one file, in two passes over the averages and without a copy of them.
@@ -105,6 +106,7 @@ def write_snapshot(
         prediction: With it, encodings that have a type for residuals store what remains of each
             tensor, where that is smaller.
         rounded_before: Mean squared rounding error that the averages carry already.
+        rewrites: How often this snapshot was written before.
         decoded: If given, receives the averages as the file holds them, flat, by name.
 
     Raises:
@@ -127,6 +129,7 @@ def write_snapshot(
         # Pairs, not a mapping: the model's order shall survive.
         "averages": [[source.name, source.dtype] for source in averages],
         "aliases": dict(aliases or {}),
+        "rewrites": rewrites,
         "blocks": blocks,
         "prediction": [[x, s.digests["header"], s.path.name] for x, s in inputs],
     }

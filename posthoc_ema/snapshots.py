@@ -210,7 +210,8 @@ class SnapshotStore:
                 found = self._open(snapshot.path)
             except FileNotFoundError:
                 continue
-            if found.digests != snapshot.digests:
+            # Pruning by another process may write a snapshot of a delta encoding once more.
+            if found.digests != snapshot.digests and found.rewrites <= snapshot.rewrites:
                 raise ForeignSnapshotError(
                     f"{snapshot.path} was replaced since this process wrote it; two processes seem "
                     "to write the same run. Stop one of them"
@@ -261,7 +262,13 @@ class SnapshotStore:
             earlier = sorted([*others, *new._connected(others)], key=lambda s: s.t)
             earlier = [s for s in earlier if s.t <= snapshot.t]
             write_again(
-                snapshot, folder / snapshot.path.name, snapshot.encoding, earlier, memory, progress
+                snapshot,
+                folder / snapshot.path.name,
+                snapshot.encoding,
+                earlier,
+                memory,
+                snapshot.rewrites + 1,
+                progress,
             )
 
     def _finish_deleting(self, going: Sequence[str], again: Sequence[str]) -> None:

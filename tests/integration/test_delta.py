@@ -181,6 +181,16 @@ def test_deleting_from_the_middle(tmp_path: Path, encoding: str) -> None:
     assert not list((tmp_path / "ema").glob(".rewritten*"))
 
 
+def test_pruning_beside_a_running_training(tmp_path: Path) -> None:
+    ema, _ = train(tmp_path / "ema", "delta8", times=6)
+    other = SnapshotStore(tmp_path / "ema")
+    other.delete([s for s in other.list() if s.t in (20, 50)])
+    weights = ema.average(0.05)
+    for _ in range(20):
+        ema.update(weights)
+    assert {s.t for s in SnapshotStore(tmp_path / "ema").verify()} == {10, 30, 40, 60, 70, 80}
+
+
 @pytest.mark.parametrize("stop", range(12))
 def test_a_killed_deletion_is_finished_or_undone(
     tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
