@@ -6,7 +6,7 @@ from pathlib import Path
 
 from posthoc_ema.encoding import check_encoding
 from posthoc_ema.snapshot_file import Snapshot
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 
 
 def convert(
@@ -42,7 +42,7 @@ def convert(
     from tqdm import tqdm
 
     check_encoding(encoding)
-    source = snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
+    source = as_store(snapshots)
     target = SnapshotStore(out)
     found = source.list()
     if target.path.resolve() == source.path.resolve():

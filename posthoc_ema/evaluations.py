@@ -12,7 +12,7 @@ from typing import Any
 
 from posthoc_ema.reconstruct import Reconstruction, reconstruct, select_snapshots
 from posthoc_ema.snapshot_file import Snapshot
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 from posthoc_ema.tensorfile import write_text_atomically
 
 CACHE_VERSION = 1
@@ -55,7 +55,7 @@ class Evaluations:
         cache: str | os.PathLike[str] | None,
         max_bytes: int,
     ) -> None:
-        store = snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
+        store = as_store(snapshots)
         usable, t = select_snapshots(store, t)
         self._store, self._evaluate = store, evaluate
         self._options: dict[str, Any] = {

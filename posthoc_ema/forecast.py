@@ -13,7 +13,7 @@ from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.profiles import Profile, as_profile
 from posthoc_ema.reconstruct import select_snapshots
 from posthoc_ema.snapshot_file import Snapshot
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 from posthoc_ema.solve import Solution, solve
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def forecast(
         SnapshotError: If the folder holds anything but intact snapshots of one run.
         ValueError: If an argument is outside its domain.
     """
-    store = snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
+    store = as_store(snapshots)
     usable, t = select_snapshots(store, t)
     profiles = [as_profile(target) for target in targets]
     return _solved(usable, t, profiles, method, gather_evidence(usable))

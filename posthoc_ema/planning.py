@@ -15,7 +15,7 @@ from posthoc_ema.evidence import gather_evidence
 from posthoc_ema.movement import Movement
 from posthoc_ema.profiles import PowerFunction
 from posthoc_ema.selection import Pool, choose_times
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 from posthoc_ema.solve import solve
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def possible_movements(
 ) -> tuple[tuple[Movement, ...], float]:
     """Possible movements over [0, 1] with integral 1, and the variance of the whole."""
     if like is not None:
-        store = like if isinstance(like, SnapshotStore) else SnapshotStore(like)
+        store = as_store(like)
         evidence = gather_evidence(store.list())
         unit = _total(evidence.movement) * evidence.moving_share / (evidence.mean_square or 1.0)
         if not 0 < unit < inf:

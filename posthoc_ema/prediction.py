@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.encoding import ENCODINGS, check_encoding
 from posthoc_ema.errors import PosthocEMAError
 from posthoc_ema.movement import Movement
 from posthoc_ema.profiles import Profile
 from posthoc_ema.sinks import MemorySink
-from posthoc_ema.snapshot_file import AverageSource, Snapshot
-from posthoc_ema.snapshot_writing import Prediction
+from posthoc_ema.snapshot_file import AverageSource, CopySource, RunIdentity, Snapshot
+from posthoc_ema.snapshot_writing import Prediction, write_snapshot
 from posthoc_ema.solve import solve
 from posthoc_ema.streaming import Group, stream
 
@@ -119,6 +121,46 @@ class Memory:
 
     def _size(self) -> int:
         return sum(values.nbytes for arrays in self.arrays.values() for values in arrays.values())
+
+
+def write_predicted(
+    path: Path,
+    run: RunIdentity,
+    t: float,
+    profile: Profile,
+    averages: Sequence[AverageSource],
+    copies: Sequence[CopySource],
+    aliases: Mapping[str, str] | None,
+    encoding: str,
+    earlier: Sequence[Snapshot],
+    memory: Memory,
+    **history: Any,
+) -> None:
+    """Write a snapshot, in delta encodings predicted from earlier ones, and remember it.
+
+    Args and errors: as :func:`posthoc_ema.snapshot_writing.write_snapshot`, which ``history``
+    goes to, with what :func:`predict` takes.
+    """
+    prediction = None
+    decoded: dict[str, NDArray[Any]] | None = None
+    if ENCODINGS[check_encoding(encoding)].residuals:
+        decoded = {}
+        prediction = predict(earlier, t, profile, averages, memory.arrays)
+    write_snapshot(
+        path,
+        run,
+        t,
+        profile,
+        averages,
+        copies,
+        aliases,
+        encoding,
+        prediction,
+        decoded=decoded,
+        **history,
+    )
+    if decoded is not None:
+        memory.add(Snapshot.open(path), decoded)
 
 
 def _choose(earlier: Sequence[Snapshot], t: float) -> list[Snapshot]:

@@ -13,7 +13,7 @@ from posthoc_ema.movement import Movement
 from posthoc_ema.profiles import Profile
 from posthoc_ema.selection import Pool, growing
 from posthoc_ema.snapshot_file import Snapshot
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def prune(
     """
     if sum(limit is not None for limit in (keep, max_bytes, max_error)) != 1:
         raise TypeError("prune takes exactly one of keep, max_bytes and max_error")
-    store = snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
+    store = as_store(snapshots)
     full = forecast(store, sigma_rel)
     times = np.unique([s.t for s in full.snapshots])
     size = {float(t): 0 for t in times}

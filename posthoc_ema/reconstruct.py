@@ -26,7 +26,7 @@ from posthoc_ema.request import (
 )
 from posthoc_ema.sinks import FileSink, MemorySink
 from posthoc_ema.snapshot_file import CopySource, Snapshot
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 from posthoc_ema.solve import METHODS, Solution, solve
 from posthoc_ema.streaming import Group, stream
 from posthoc_ema.tensorfile import read_header, read_range
@@ -240,7 +240,7 @@ def select_snapshots(
     Raises:
         ValueError: If ``t`` lies before the first or after the last snapshot.
     """
-    store = snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
+    store = as_store(snapshots)
     found = store.list()
     if t is None:
         t = found[-1].t

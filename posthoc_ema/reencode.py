@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.chain import with_inputs
-from posthoc_ema.encoding import ENCODINGS
-from posthoc_ema.prediction import Memory, predict
+from posthoc_ema.prediction import Memory, write_predicted
 from posthoc_ema.sinks import MemorySink
 from posthoc_ema.snapshot_file import AverageSource, Snapshot
-from posthoc_ema.snapshot_writing import write_snapshot
 from posthoc_ema.streaming import Group, stream
 
 if TYPE_CHECKING:
@@ -46,12 +44,7 @@ def write_again(
         OSError: If it cannot be written.
     """
     sources = decoded_sources(snapshot, progress)
-    prediction = None
-    decoded: dict[str, NDArray[Any]] | None = None
-    if ENCODINGS[encoding].residuals:
-        decoded = {}
-        prediction = predict(earlier, snapshot.t, snapshot.profile, sources, memory.arrays)
-    write_snapshot(
+    write_predicted(
         path,
         snapshot.run,
         snapshot.t,
@@ -60,13 +53,11 @@ def write_again(
         snapshot.copy_sources(),
         snapshot.aliases,
         encoding,
-        prediction,
+        earlier,
+        memory,
         rounded_before=snapshot.statistics["rounding_square"],
         rewrites=rewrites,
-        decoded=decoded,
     )
-    if decoded is not None:
-        memory.add(Snapshot.open(path), decoded)
 
 
 def decoded_sources(

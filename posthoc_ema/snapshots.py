@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from posthoc_ema.encoding import ENCODINGS, check_encoding
 from posthoc_ema.errors import (
     ForeignSnapshotError,
     MissingInputError,
@@ -20,7 +18,7 @@ from posthoc_ema.errors import (
     SnapshotWriteError,
     StructureError,
 )
-from posthoc_ema.prediction import Memory, predict
+from posthoc_ema.prediction import Memory, write_predicted
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.reencode import dependants, write_again
 from posthoc_ema.snapshot_file import (
@@ -29,11 +27,7 @@ from posthoc_ema.snapshot_file import (
     RunIdentity,
     Snapshot,
 )
-from posthoc_ema.snapshot_writing import write_snapshot
 from posthoc_ema.tensorfile import sync_directory, write_text_atomically
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 SUFFIX = ".safetensors"
 ABANDONED = "abandoned"
@@ -146,7 +140,7 @@ class SnapshotStore:
     ) -> Snapshot:
         """Write one snapshot, durable and complete when this returns.
 
-        Args and errors: as :func:`posthoc_ema.snapshot_file.write_snapshot`, and
+        Args and errors: as :func:`posthoc_ema.snapshot_writing.write_snapshot`, and
 
         Raises:
             ForeignSnapshotError: If the folder holds snapshots of another run, or this one.
@@ -160,27 +154,10 @@ class SnapshotStore:
                     f"{path} already exists, from the same run and time; two processes seem to "
                     "write the same run. Give snapshots= to one of them only"
                 )
-            prediction = None
-            decoded: dict[str, NDArray[Any]] | None = None
-            if ENCODINGS[check_encoding(encoding)].residuals:
-                decoded = {}
-                prediction = predict(earlier, t, profile, averages, self._memory.arrays)
-            write_snapshot(
-                path,
-                run,
-                t,
-                profile,
-                averages,
-                copies,
-                aliases,
-                encoding,
-                prediction,
-                decoded=decoded,
+            write_predicted(
+                path, run, t, profile, averages, copies, aliases, encoding, earlier, self._memory
             )
-            written = next(s for s in self.scan()[0] if s.path == path)
-            if decoded is not None:
-                self._memory.add(written, decoded)
-            return written
+            return self._connected_at(path)
 
     def take(self, snapshot: Snapshot, encoding: str) -> Snapshot:
         """Write a snapshot of another store here, in an encoding of one's own.
@@ -196,7 +173,7 @@ class SnapshotStore:
             if path in [s.path for s in earlier]:
                 raise ForeignSnapshotError(f"{path} already exists")
             write_again(snapshot, path, encoding, earlier, self._memory)
-            return next(s for s in self.scan()[0] if s.path == path)
+            return self._connected_at(path)
 
     def check_unchanged(self, written: Iterable[Snapshot]) -> None:
         """Make sure that nobody replaced these snapshots; that they were pruned is fine.
@@ -256,9 +233,8 @@ class SnapshotStore:
         """New files beside the old ones, in a hidden folder."""
         folder = self.path / _REWRITTEN
         folder.mkdir(exist_ok=True)
-        memory = Memory()
+        new, memory = SnapshotStore(folder), Memory()
         for snapshot in again:
-            new = SnapshotStore(folder)
             earlier = sorted([*others, *new._connected(others)], key=lambda s: s.t)
             earlier = [s for s in earlier if s.t <= snapshot.t]
             write_again(
@@ -295,6 +271,9 @@ class SnapshotStore:
             self._finish_deleting(work["delete"], work["replace"])
         elif (self.path / _REWRITTEN).exists():
             shutil.rmtree(self.path / _REWRITTEN, ignore_errors=True)
+
+    def _connected_at(self, path: Path) -> Snapshot:
+        return next(s for s in self.scan()[0] if s.path == path)
 
     def _bytes(self) -> int:
         return sum(path.stat().st_size for path in self._files())
@@ -361,6 +340,11 @@ class SnapshotStore:
                 "are unharmed; free space or make the folder writable, and the next update tries "
                 "again",
             ) from error
+
+
+def as_store(snapshots: str | os.PathLike[str] | SnapshotStore) -> SnapshotStore:
+    """A store as it is, or that of a folder."""
+    return snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
 
 
 def _stem(t: float, profile: Profile) -> str:

@@ -118,7 +118,7 @@ def stream(
             for count in reader.combine(run, sink.write):
                 progress(sum(stored_size(dtype, count) for dtype in run.dtypes))
     for snapshot, digest in zip(used, digests, strict=check):
-        # Where files are laid out unlike each other, blocks cut some pieces in two.
+        # What counts for no target was not read: files that only tell how others were predicted.
         snapshot.add_missing("averages", digest)
         snapshot.check_digest("averages", digest)
 
