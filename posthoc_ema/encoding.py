@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema import native
 from posthoc_ema.blocks import (
     BITS,
     BLOCK,
@@ -128,22 +129,61 @@ def stored_dtype(encoding: str, kept: str, max_abs: float, rms: float) -> str:
     return kept if wanted == "F16" and 0 < rms < _FLOAT16_SMALL_RMS else wanted
 
 
-def encode(values: NDArray[Any], dtype: str) -> tuple[NDArray[np.uint8], float]:
-    """Round finite float32 or float64 values to the stored type.
+def encode(
+    values: NDArray[Any],
+    dtype: str,
+    predicted: NDArray[np.float32] | None = None,
+    decoded: NDArray[Any] | None = None,
+) -> tuple[NDArray[np.uint8], float]:
+    """Round finite values, or what remains of them after a prediction, to the stored type.
+
+    Args:
+        values: ``[n]`` float32 or float64, contiguous.
+        dtype: Stored type: F64, F32, F16, BF16, or a block type.
+        predicted: ``[n]`` to be subtracted first.
+        decoded: ``[n]`` of the type of ``values``, overwritten: what a reader will find, the
+            prediction added.
 
     Returns:
         The bytes that the file holds, and the sum of squared rounding errors.
     """
+    library = native.library()
+    if library is None or values.dtype != np.float32 or dtype not in native.TYPES:
+        return _encode(values, dtype, predicted, decoded)
+    stored = np.empty(stored_size(dtype, len(values)), np.uint8)
+    square = library.encode(
+        native.TYPES[dtype],
+        native.address(values),
+        None if predicted is None else native.address(predicted),
+        len(values),
+        native.address(stored),
+        None if decoded is None else native.address(decoded),
+    )
+    return stored, square
+
+
+def _encode(
+    values: NDArray[Any],
+    dtype: str,
+    predicted: NDArray[np.float32] | None,
+    decoded: NDArray[Any] | None,
+) -> tuple[NDArray[np.uint8], float]:
+    """The same in numpy."""
+    rest = values if predicted is None else values - predicted
     if dtype in _BLOCK_TYPES:
-        blocks, square = encode_blocks(values.astype(np.float32, copy=False), _BLOCK_TYPES[dtype])
-        return blocks.reshape(-1), square
-    stored = _round(values, dtype).view(np.uint8)
-    if dtype == ("F64" if values.dtype == np.float64 else "F32"):
-        return stored, 0.0
-    decoded = np.empty_like(values)
-    decode_into(stored, dtype, decoded)
-    decoded -= values
-    return stored, sum_of_squares(decoded)
+        blocks, square = encode_blocks(rest.astype(np.float32, copy=False), _BLOCK_TYPES[dtype])
+        stored = blocks.reshape(-1)
+    else:
+        stored, square = _round(rest, dtype).view(np.uint8), 0.0
+        if dtype != ("F64" if rest.dtype == np.float64 else "F32"):
+            found = np.empty_like(rest)
+            decode_into(stored, dtype, found)
+            square = sum_of_squares(found - rest)
+    if decoded is not None:
+        decode_into(stored, dtype, decoded)
+        if predicted is not None:
+            decoded += predicted
+    return stored, square
 
 
 def _round(values: NDArray[Any], dtype: str) -> NDArray[Any]:
@@ -158,18 +198,23 @@ def decode_into(raw: NDArray[np.uint8], dtype: str, out: NDArray[Any]) -> None:
     """Convert stored bytes to floats.
 
     Args:
-        raw: ``[..., n * itemsize]`` bytes as read from the file.
+        raw: ``[n * itemsize]`` bytes as read from the file.
         dtype: Stored type: F64, F32, F16, BF16, or a block type.
-        out: ``[..., n]`` float32 or float64, overwritten.
+        out: ``[n]`` float32 or float64, contiguous, overwritten.
     """
+    library = native.library()
+    if library is not None and out.dtype == np.float32 and dtype in native.TYPES:
+        source, target = native.address(raw), native.address(out)
+        library.decode(native.TYPES[dtype], source, len(out), target)
+        return
     if dtype in _BLOCK_TYPES:
-        count = out.shape[-1]
+        count = len(out)
         filled = -(-count // BLOCK) * BLOCK
-        direct = out.dtype == np.float32 and filled == count and out.flags.c_contiguous
-        numbers = out if direct else np.empty((*out.shape[:-1], filled), np.float32)
+        direct = out.dtype == np.float32 and filled == count
+        numbers = out if direct else np.empty(filled, np.float32)
         decode_blocks(raw, _BLOCK_TYPES[dtype], numbers)
         if not direct:
-            np.copyto(out, numbers[..., :count])
+            np.copyto(out, numbers[:count])
         return
     if out.dtype != np.float32 or dtype in ("F32", "F64"):
         if dtype == "BF16":
@@ -191,6 +236,19 @@ def decode_into(raw: NDArray[np.uint8], dtype: str, out: NDArray[Any]) -> None:
     np.left_shift(bits, 13, out=bits)
     np.bitwise_and(bits, np.int32(-0x70002000), out=bits)
     np.multiply(out, np.float32(2.0**112), out=out)
+
+
+def measure(values: NDArray[Any]) -> tuple[float, float]:
+    """Sum of squares and largest magnitude of a contiguous chunk; NaN or infinity show in Σx²."""
+    library = native.library()
+    if library is None or values.dtype != np.float32:
+        largest = max(float(values.max()), -float(values.min())) if len(values) else 0.0
+        return sum_of_squares(values), largest
+    square, top = np.empty(1), np.empty(1, np.float32)
+    library.measure(
+        native.address(values), len(values), native.address(square), native.address(top)
+    )
+    return float(square[0]), float(top[0])
 
 
 def sum_of_squares(values: NDArray[Any]) -> float:

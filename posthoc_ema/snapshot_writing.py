@@ -20,12 +20,13 @@ from posthoc_ema.encoding import (
     alignment,
     block_bits,
     check_encoding,
-    decode_into,
     encode,
+    measure,
     stored_dtype,
     sum_of_squares,
 )
 from posthoc_ema.errors import NonFiniteError
+from posthoc_ema.kernels import combine
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import (
     FORMAT_VERSION,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 _NO_DIGEST = "0" * 32
 _PIECE = 1 << 18  # elements encoded at once, whole blocks
-_TILE = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +64,13 @@ class Prediction:
 
     def at(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Elements of one tensor."""
-        base = self.terms[-1][1][name]
-        out = base[start:stop].astype(np.float32)
-        for left in range(0, stop - start, _TILE):  # what stays in the cache
-            right = min(left + _TILE, stop - start)
-            reference = base[start + left : start + right]
-            # Differences: rounding is relative to the movement.
-            for factor, arrays in self.terms[:-1]:
-                term = arrays[name][start + left : start + right] - reference
-                term *= np.float32(factor)
-                out[left:right] += term
+        *others, base = (
+            arrays[name][start:stop].astype(np.float32, copy=False) for _, arrays in self.terms
+        )
+        out = base.copy()
+        if others:
+            factors = np.array([[factor for factor, _ in self.terms[:-1]]], np.float32)
+            combine([row.view(np.uint8) for row in others], "F32", base, factors, out[None])
         return out
 
 
@@ -190,11 +187,10 @@ def _plan_file(
                 part = chunk[: max(len(chunk) // 16, BLOCK)]
                 rest = part - predicted.at(source.name, size, size + len(part))
                 remaining += sum_of_squares(rest) * len(chunk) / max(len(part), 1)
-            square += sum_of_squares(chunk)
+            chunk_square, chunk_largest = measure(chunk)
+            square, largest = square + chunk_square, max(largest, chunk_largest)
             # A finite sum of squares proves it at no cost; float64 can overflow all the same.
             finite &= bool(np.isfinite(square)) or bool(np.isfinite(chunk).all())
-            if encoding != "float32" and len(chunk):
-                largest = max(largest, float(chunk.max()), -float(chunk.min()))
             size += len(chunk)
         if not finite:
             raise NonFiniteError(
@@ -228,14 +224,8 @@ def _encode(
     predicted = None
     if block_bits(entry.dtype) is not None and prediction is not None:
         predicted = prediction.at(entry.name, start, stop)
-        values = values - predicted
-    stored, square = encode(values, entry.dtype)
-    if decoded is not None:
-        part = decoded[start:stop]
-        decode_into(stored, entry.dtype, part)
-        if predicted is not None:
-            part += predicted
-    return stored, square
+    part = None if decoded is None else decoded[start:stop]
+    return encode(values, entry.dtype, predicted, part)
 
 
 def _room(entry: TensorEntry, decoded: dict[str, NDArray[Any]] | None) -> NDArray[Any] | None:

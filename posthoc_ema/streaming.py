@@ -20,7 +20,7 @@ from posthoc_ema.blocks import BLOCK
 from posthoc_ema.chain import is_residual, stored_coefficients, with_inputs
 from posthoc_ema.encoding import Digest, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
-from posthoc_ema.kernels import fastest_kernel
+from posthoc_ema.kernels import combine
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
 from posthoc_ema.workers import Workers
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BLOCK_BYTES = 8 * Digest.PIECE  # read of each file at once
-_TOGETHER = 16  # files whose blocks are read before they are multiplied
-_TILE = 1 << 16  # elements multiplied at once: decoded, those of all files stay in the cache
+_TOGETHER = 4  # files whose blocks are read before they are combined: they stay in the cache
 _RESULTS = 1 << 21  # elements of all targets that a block may have
 _KEPT_OPEN = 128  # files: systems allow so many; others are opened block by block
 
@@ -134,18 +133,16 @@ class _Reader:
 
     def __init__(self, snapshots: Sequence[Snapshot], digests: Sequence[Digest]) -> None:
         self._snapshots, self._digests = snapshots, digests
-        self._kernel = fastest_kernel()
         self._buffers = local()
         self._stack = ExitStack()
         self._files: list[int] = []
 
     def __enter__(self) -> _Reader:
         with ExitStack() as stack:
-            stack.callback(self._kernel.leave)
             self._files = [
                 stack.enter_context(snapshot.opened()) for snapshot in self._snapshots[:_KEPT_OPEN]
             ]
-            self._workers = stack.enter_context(Workers(self._kernel.enter_thread))
+            self._workers = stack.enter_context(Workers())
             self._stack = stack.pop_all()
         return self
 
@@ -179,16 +176,8 @@ class _Reader:
             stored_as = run.dtypes[files[0]]
             stored = self._read(run, files, start, count)
             factors = np.ascontiguousarray(run.coefficients[:, files])
-            for left in range(0, count, _TILE):
-                right = min(left + _TILE, count)
-                tile = stored[:, stored_size(stored_as, left) : stored_size(stored_as, right)]
-                rows = self._buffer("rows", len(files) * (right - left) * dtype.itemsize)
-                rows = rows.view(dtype).reshape(len(files), right - left)
-                if block_bits(stored_as) is None:
-                    self._kernel.differences(tile, stored_as, base[left:right], rows)
-                else:  # differences already
-                    decode_into(tile, stored_as, rows)
-                self._kernel.accumulate(out[:, left:right], factors, rows)
+            # Residuals are differences already.
+            combine(stored, stored_as, None if block_bits(stored_as) else base, factors, out)
             for target, i in run.copied:
                 if i in files:
                     values = np.empty(count, dtype)

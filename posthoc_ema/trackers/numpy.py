@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema import native
 from posthoc_ema.encoding import numpy_dtype_name
 from posthoc_ema.errors import StructureError
 from posthoc_ema.snapshot_file import AverageSource, CopySource
@@ -42,10 +43,10 @@ class NumpyTracker(Tracker):
         self._arrays = self._collect(model)
         self.specs = self._describe(self._arrays)
         self.aliases = {}
-        self._averages = [
-            {spec.name: np.zeros(spec.kept_shape, _KEPT[spec.kept]) for spec in self.averaged}
-            for _ in range(tracks)
-        ]
+        self._averages = {
+            spec.name: np.zeros((tracks, *spec.kept_shape), _KEPT[spec.kept])
+            for spec in self.averaged
+        }
 
     def check(self, model: Mapping[str, Any]) -> None:
         """Every update may bring new arrays: take them, if names and shapes agree."""
@@ -59,30 +60,37 @@ class NumpyTracker(Tracker):
 
     def update(self, weights: Sequence[float] | None) -> None:
         """Move every average towards the current arrays."""
+        by_type: dict[str, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
         for spec in self.averaged:
+            averages = self._averages[spec.name]
+            averages = averages.reshape(len(averages), -1)  # a view
             flat = _real(self._arrays[spec.name]).reshape(-1)
-            for track, averages in enumerate(self._averages):
-                average = averages[spec.name].reshape(-1)
-                if weights is None:
-                    average[:] = flat
-                    continue
-                weight = average.dtype.type(weights[track])
-                for start in range(0, len(flat), _CACHED):
-                    piece = average[start : start + _CACHED]
-                    difference = flat[start : start + _CACHED].astype(piece.dtype)
-                    difference -= piece
-                    difference *= weight
-                    piece += difference
+            if weights is None:
+                averages[:] = flat
+            elif native.library() and spec.kept == "F32" and spec.dtype in native.TYPES:
+                flat = np.ascontiguousarray(flat, flat.dtype.newbyteorder("="))
+                by_type.setdefault(spec.dtype, []).append((flat, averages))
+            else:
+                for average, weight in zip(averages, weights, strict=True):
+                    _lerp(average, flat, average.dtype.type(weight))
+        for dtype, pairs in by_type.items():
+            native.Tensors(
+                dtype,
+                [native.address(flat) for flat, _ in pairs],
+                [flat.size for flat, _ in pairs],
+                [native.address(averages) for _, averages in pairs],
+                [flat.size for flat, _ in pairs],
+            ).lerp(np.array(weights, np.float32))
 
     def average(self, track: int, name: str) -> NDArray[Any]:
         """A copy of one average."""
-        values = self._averages[track][name].copy()
+        values = self._averages[name][track, ...].copy()
         spec = next(spec for spec in self.specs if spec.name == name)
         return _as_complex(values) if spec.dtype.startswith("C") else values
 
     def load(self, track: int, name: str, value: Any) -> None:
         """Set one average."""
-        self._averages[track][name][...] = _real(np.asarray(value))
+        self._averages[name][track, ...] = _real(np.asarray(value))
 
     def average_sources(self, track: int) -> list[AverageSource]:
         """The averages of one track on their way to a file."""
@@ -92,7 +100,7 @@ class NumpyTracker(Tracker):
                 spec.kept_shape,
                 spec.kept,
                 spec.dtype,
-                partial(array_chunks, self._averages[track][spec.name]),
+                partial(array_chunks, self._averages[spec.name][track, ...]),
             )
             for spec in self.averaged
         ]
@@ -168,6 +176,15 @@ def copy_of_array(spec: TensorSpec, array: NDArray[Any]) -> CopySource:
     little_endian = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     data = little_endian.reshape(-1).view(np.uint8)
     return CopySource(spec.name, spec.shape, spec.dtype, data)
+
+
+def _lerp(average: NDArray[Any], flat: NDArray[Any], weight: Any) -> None:
+    for start in range(0, len(flat), _CACHED):
+        piece = average[start : start + _CACHED]
+        difference = flat[start : start + _CACHED].astype(piece.dtype)
+        difference -= piece
+        difference *= weight
+        piece += difference
 
 
 def _real(array: NDArray[Any]) -> NDArray[Any]:

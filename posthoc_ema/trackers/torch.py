@@ -2,9 +2,7 @@
 
 An update reads every weight and reads and writes every average, and can do no less. What it
 need not do is walk the module, call a kernel for each tensor and track, or bring a weight into
-the cache once for each track. So the averages of one type and device are one matrix, a row for
-each track; a chunk of a large tensor moves all rows in one call, small tensors are gathered into
-a block first.
+the cache once for XX
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posthoc_ema import native
 from posthoc_ema.snapshot_file import AverageSource, CopySource
 from posthoc_ema.trackers.base import (
     CHUNK,
@@ -30,6 +29,7 @@ from posthoc_ema.trackers.base import (
 from posthoc_ema.trackers.torch_model import bind, real_view, restored
 
 _KEPT = {"F32": torch.float32, "F64": torch.float64}
+_NATIVE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _SMALL = 1 << 14  # below this many elements a call costs more than a copy into a block
 _BLOCK = 1 << 17  # elements gathered at most
 _CAT = (1 << 15) - 1  # torch.cat copies more elements than this tensor by tensor
@@ -130,6 +130,8 @@ class TorchTracker(Tracker):
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether all weights to be averaged are finite; waits for the device once."""
+        if not all(tensors.is_finite() for tensors in self._small):
+            return False
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for source in self._sources():
             # Finite only if every element is.
@@ -145,6 +147,11 @@ class TorchTracker(Tracker):
         columns = {
             dtype: torch.tensor(weights, dtype=dtype)[:, None] for dtype in self._kept if weights
         }
+        if self._small:
+            ones = [1.0] * len(self._tracks)
+            weight_of = np.array(ones if weights is None else weights, np.float32)
+            for tensors in self._small:
+                tensors.lerp(weight_of)
         for piece in self._pieces:
             piece.fill()
             if weights is None:
@@ -231,7 +238,7 @@ class TorchTracker(Tracker):
             yield model
 
     def _sources(self) -> Iterator[torch.Tensor]:
-        """The current values of all averaged tensors; each valid until the next."""
+        """The current values of all averaged tensors but small ones; each valid until the next."""
         for piece in self._pieces:
             piece.fill()
             yield piece.source
@@ -249,7 +256,10 @@ class TorchTracker(Tracker):
         """Cut the work of an update into pieces; holds until a tensor moves in memory."""
         self._pieces: list[_Piece] = []
         self._gathered: list[str] = []
+        self._small: list[native.Tensors] = []
         for pool in self._pools:
+            loops = pool.device.type == "cpu" and pool.dtype == torch.float32 and native.library()
+            small: dict[str, list[tuple[torch.Tensor, int]]] = {}
             chunk = _CPU_CHUNK if pool.device.type == "cpu" else pool.size
             with torch.inference_mode(False):
                 scratch = torch.empty(
@@ -266,6 +276,10 @@ class TorchTracker(Tracker):
                     block, filled = self._close(block, scratch), 0
                     continue
                 flat = tensor.as_strided((count,), (1,), tensor.storage_offset())
+                if count < _SMALL and loops and flat.is_cpu and flat.dtype in _NATIVE:
+                    small.setdefault(_NATIVE[flat.dtype], []).append((flat, place.start))
+                    block, filled = self._close(block, scratch), 0  # what follows lies elsewhere
+                    continue
                 if count < _SMALL:
                     if filled + count > scratch.numel() or _differs(flat, block):
                         block, filled = self._close(block, scratch), 0
@@ -285,6 +299,16 @@ class TorchTracker(Tracker):
                     else:
                         self._pieces.append(_Piece(part, averages, [([source], part)]))
             self._close(block, scratch)
+            self._small += [
+                native.Tensors(
+                    dtype,
+                    [flat.data_ptr() for flat, _ in tensors],
+                    [flat.numel() for flat, _ in tensors],
+                    [pool.flats.data_ptr() + 4 * start for _, start in tensors],
+                    [pool.size] * len(tensors),
+                )
+                for dtype, tensors in small.items()
+            ]
 
     def _close(self, block: list[tuple[torch.Tensor, _Place]], scratch: torch.Tensor) -> list[Any]:
         """Make a piece of the small tensors gathered so far; they lie end to end in the pool."""

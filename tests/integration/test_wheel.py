@@ -10,7 +10,7 @@ from zipfile import ZipFile
 import pytest
 from helpers import ROOT, assert_at_most
 
-pytest.importorskip("hatchling", reason="builds the wheel without network, with its backend")
+pytest.importorskip("setuptools", reason="builds the wheel without network, with its backend")
 pytest.importorskip("build", reason="builds the wheel")
 
 from clean_environment import (

@@ -1,4 +1,4 @@
-"""The inner loops of a pass, in numpy and in PyTorch: equal to each other and to the definition."""
+"""The inner loops, in numpy and compiled: equal to each other and to the definition."""
 
 from __future__ import annotations
 
@@ -8,69 +8,178 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
-from posthoc_ema import CorruptSnapshotError, SnapshotStore, reconstruct, streaming
-from posthoc_ema.kernels import NumpyKernel, TorchKernel, fastest_kernel
+from posthoc_ema import EMA, native, reconstruct
+from posthoc_ema.blocks import BITS
+from posthoc_ema.encoding import decode_into, encode, measure, stored_size
+from posthoc_ema.kernels import combine
 from tests.parity.runs import record
 
-KERNELS: dict[str, Any] = {"numpy": NumpyKernel, "torch": lambda: TorchKernel(torch)}
+COMPILED = native.library()
+needs_compiled = pytest.mark.skipif(COMPILED is None, reason="installed without a compiler")
+BLOCKS = [f"Q{bits}" for bits in BITS]
 
 
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest) -> Any:
-    return KERNELS[request.param]()
+@pytest.fixture(params=["numpy", pytest.param("compiled", marks=needs_compiled)])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(
+        native, "library", lambda: COMPILED if request.param == "compiled" else None
+    )
+    return str(request.param)
 
 
-def test_torch_serves_where_it_is_loaded() -> None:
-    assert isinstance(fastest_kernel(), TorchKernel)
+def in_both(monkeypatch: pytest.MonkeyPatch, action: Any) -> tuple[Any, Any]:
+    """What an action returns with the loops of numpy, and compiled."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    plain = action()
+    monkeypatch.setattr(native, "library", lambda: COMPILED)
+    return plain, action()
 
 
-@pytest.mark.parametrize("out", [np.float32, np.float64])
+def test_compiled_here() -> None:
+    """The figures of the benchmarks are those of the compiled loops: `make` must build them."""
+    assert COMPILED is not None, "no C compiler when installed? All works without, but slower"
+
+
+def test_left_out_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setenv("POSTHOC_EMA_NATIVE", "0")
+    try:
+        assert native.library() is None
+    finally:
+        native.library.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("stored", "dtype"), [("F16", np.float16), ("BF16", ml_dtypes.bfloat16)], ids=["F16", "BF16"]
 )
-def test_every_finite_number_of_16_bits(kernel: Any, stored: str, dtype: Any, out: Any) -> None:
+@pytest.mark.parametrize("out", [np.float32, np.float64])
+def test_every_finite_number_of_16_bits(loops: str, stored: str, dtype: Any, out: Any) -> None:
     values = np.arange(1 << 16).astype(np.uint16).view(dtype)
     values = values[np.isfinite(values.astype(np.float32))]
-    found = np.empty((2, len(values)), out)
-    rows = np.stack([values, values[::-1]]).view(np.uint8)
-    kernel.differences(rows, stored, np.zeros(len(values), out), found)
-    expected = values.astype(out)
-    assert found[0].tobytes() == expected.tobytes(), "to the last bit, zeros with their sign"
-    assert found[1].tobytes() == expected[::-1].tobytes()
+    found = np.empty(len(values), out)
+    decode_into(values.view(np.uint8), stored, found)
+    assert found.tobytes() == values.astype(out).tobytes(), "to the last bit, zeros with their sign"
+    back, square = encode(found.astype(np.float32), stored)
+    assert back.tobytes() == values.tobytes()
+    assert square == 0
 
 
-@pytest.mark.parametrize("out", [np.float32, np.float64])
-@pytest.mark.parametrize("stored", ["F16", "BF16", "F32", "F64"])
-def test_differences(kernel: Any, stored: str, out: Any) -> None:
-    dtype = {"F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8"}[stored]
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=(3, 1001)).astype(dtype)
-    base = rng.normal(size=501).astype(out)
-    item = values.itemsize
-    part = values.view(np.uint8)[:, 100 * item : 601 * item]  # rows that are not contiguous
-    found = np.empty((3, 501), out)
-    kernel.differences(part, stored, base, found)
-    assert np.array_equal(found, values[:, 100:601].astype(out) - base)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("targets", [1, 2, 7])
-@pytest.mark.parametrize("count", [1, 511, 512, 513, 20_000])
-def test_products_are_added(kernel: Any, count: int, targets: int, dtype: Any) -> None:
+@needs_compiled
+@pytest.mark.parametrize("dtype", ["F16", "BF16", *BLOCKS])
+@pytest.mark.parametrize("count", [1, 7, 64, 1000, 5000])
+def test_files_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str, count: int) -> None:
+    """Byte for byte, halfway cases, subnormals and zeros included."""
     rng = np.random.default_rng(count)
-    rows = rng.normal(size=(6, count)).astype(dtype)
-    coefficients = rng.normal(size=(targets, 6)).astype(dtype)
-    before = rng.normal(size=(targets, count)).astype(dtype)
+    values = rng.normal(size=count) * 10.0 ** rng.uniform(-9, 4, size=count)
+    values[rng.random(count) < 0.1] = 0
+    values = values.astype(np.float16 if count % 2 else np.float32).astype(np.float32)
+    predicted = None if count == 64 else rng.normal(size=count).astype(np.float32)
+
+    def written() -> tuple[bytes, float, bytes]:
+        decoded = np.empty(count, np.float32)
+        stored, square = encode(values, dtype, predicted, decoded)
+        return stored.tobytes(), square, decoded.tobytes()
+
+    (plain, square, decoded), (compiled, square_2, decoded_2) = in_both(monkeypatch, written)
+    assert compiled == plain
+    assert decoded_2 == decoded
+    assert square_2 == pytest.approx(square, rel=1e-5)  # sums in another order, of float32
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", *BLOCKS])
+def test_rounding_is_told(loops: str, dtype: str) -> None:
+    """The sum of squares is that of what a reader finds, the prediction included."""
+    rng = np.random.default_rng(1)
+    values, predicted = rng.normal(size=(2, 3001)).astype(np.float32)
+    decoded = np.empty_like(values)
+    stored, square = encode(values, dtype, predicted, decoded)
+    assert stored.size == stored_size(dtype, 3001)
+    expected = float(np.sum((decoded - values).astype(np.float64) ** 2))
+    # Rounding of the sums `predicted + rest` themselves: 2e-7² for each of 3001.
+    assert square == pytest.approx(expected, rel=1e-3, abs=3e-10)
+
+
+@pytest.mark.parametrize("targets", [1, 2, 7])
+@pytest.mark.parametrize("count", [1, 511, 1024, 1025, 40_000])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", *BLOCKS])
+@pytest.mark.parametrize("files", [1, 4, 6])
+def test_combinations(loops: str, dtype: str, count: int, targets: int, files: int) -> None:
+    rng = np.random.default_rng(count)
+    kind = np.float64 if dtype == "F64" else np.float32
+    rows, decoded = [], np.empty((files, count), kind)
+    for row in decoded:
+        rows.append(encode(rng.normal(size=count).astype(kind), dtype)[0])
+        decode_into(rows[-1], dtype, row)
+    base = None if dtype in BLOCKS else rng.normal(size=count).astype(kind)
+    coefficients = rng.normal(size=(targets, files)).astype(kind)
+    before = rng.normal(size=(targets, count + 3)).astype(kind)
     found = before.copy()
-    kernel.accumulate(found, coefficients, rows)
-    exact = before.astype(np.longdouble) + coefficients.astype(np.longdouble) @ rows
-    # Seven terms of about one, each product and sum rounded.
-    assert np.abs(found - exact).max() <= 40 * np.finfo(dtype).eps
+    combine(rows, dtype, base, coefficients, found[:, :count])  # rows apart in memory
+    differences = decoded.astype(np.longdouble) - (0 if base is None else base)
+    exact = before[:, :count] + coefficients.astype(np.longdouble) @ differences
+    # Seven terms of a few, each product and sum rounded.
+    assert np.abs(found[:, :count] - exact).max() <= 200 * np.finfo(kind).eps
+    assert np.array_equal(found[:, count:], before[:, count:])
 
 
-@pytest.mark.parametrize("encoding", ["float32", "float16", "bfloat16"])
+def test_magnitudes(loops: str) -> None:
+    values = np.random.default_rng(0).normal(size=1003).astype(np.float32)
+    values[1002] = -9
+    square, largest = measure(values)
+    assert largest == 9
+    # numpy sums in float32.
+    assert square == pytest.approx(float(np.sum(values.astype(np.float64) ** 2)), rel=1e-5)
+    values[77] = np.nan
+    assert np.isnan(measure(values)[0])
+    assert measure(values[:0]) == (0, 0)
+
+
+@needs_compiled
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_non_finite_numbers_are_found(dtype: Any, bad: float) -> None:
+    name = {np.float32: "F32", np.float16: "F16"}.get(dtype, "BF16")
+    largest = float(ml_dtypes.finfo(dtype).max)
+    values = np.array([0, -0.0, largest, -largest, 1e-7] * 50, dtype)
+
+    def is_finite() -> bool:
+        return native.Tensors(name, [native.address(values)], [values.size], [0], [0]).is_finite()
+
+    assert is_finite()
+    values[123] = bad
+    assert not is_finite()
+
+
+@needs_compiled
+def test_tracked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averages of arrays of any size and type; float32 sums in another order."""
+    types = [np.float32, np.float16, np.float64, np.complex64]
+    shapes = [(), (5,), (3, 1100), (2, 2, 1024)]
+
+    def averages() -> dict[str, Any]:
+        rng = np.random.default_rng(0)
+        ema = EMA((0.05, 0.25))
+        for _ in range(5):
+            arrays = {
+                f"{k}-{j}": rng.normal(size=shape).astype(dtype)
+                for k, dtype in enumerate(types)
+                for j, shape in enumerate(shapes)
+            }
+            arrays["transposed"] = rng.normal(size=(30, 70)).astype(np.float32).T
+            ema.update(arrays)
+        return {f"{s} {n}": a for s in (0.05, 0.25) for n, a in ema.average(s).items()}
+
+    plain, compiled = in_both(monkeypatch, averages)
+    assert list(plain) == list(compiled)
+    for name, values in plain.items():
+        # Each of five steps rounds a number of about four.
+        bound = 5 * 4 * np.finfo(values.dtype).eps
+        assert np.abs(compiled[name] - values).max() <= bound, name
+
+
+@needs_compiled
+@pytest.mark.parametrize("encoding", ["float32", "float16", "bfloat16", "delta16", "delta6"])
 @pytest.mark.parametrize("double", [False, True])
 def test_whole_reconstructions_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, double: bool
@@ -84,42 +193,42 @@ def test_whole_reconstructions_agree(
         shapes={"a": (300, 101), "b": (5,), "c": (77, 600)},
         convert=lambda ws: {n: w.astype(dtype) for n, w in ws.items()},
     )
-    results = {}
-    for name, make in KERNELS.items():
-        monkeypatch.setattr(streaming, "fastest_kernel", make)
-        results[name] = reconstruct(run.folder, [0.03, 0.07, 0.10], framework="numpy")
-    for a, b in zip(*results.values(), strict=True):
+    plain, compiled = in_both(
+        monkeypatch, lambda: reconstruct(run.folder, [0.03, 0.07, 0.10], framework="numpy")
+    )
+    for a, b in zip(plain, compiled, strict=True):
         for name in a.params:
             eps = float(np.finfo(a.params[name].dtype).eps)
             bound = 20 * eps * 6 * a.diagnostics["l1_norm"]  # sums of 12 terms of up to 6
             assert np.abs(a.params[name] - b.params[name]).max() <= bound
+    if encoding.startswith("delta"):
+        return
     # A stored average is copied, whoever does it.
-    for name, value in results["numpy"][2].params.items():
-        assert value.tobytes() == results["torch"][2].params[name].tobytes()
+    for name, value in plain[2].params.items():
+        assert value.tobytes() == compiled[2].params[name].tobytes()
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_the_number_of_threads_is_left_as_it_was(tmp_path: Path, damaged: bool) -> None:
-    import threading
+@needs_compiled
+def test_tensors_tracked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors in one call, those of other types gathered between them."""
+    import torch
 
-    run = record(tmp_path / "ema", steps=24, every=4)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        if damaged:
-            snapshot = SnapshotStore(run.folder).list()[-1]
-            data = bytearray(snapshot.path.read_bytes())
-            data[-3] ^= 1
-            snapshot.path.write_bytes(data)
-            with pytest.raises(CorruptSnapshotError):
-                reconstruct(run.folder, 0.07)
-        else:
-            reconstruct(run.folder, 0.07)
-        assert torch.get_num_threads() == 3
-        seen: list[int] = []
-        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert seen == [3], "threads begun later too"
-    finally:
-        torch.set_num_threads(before)
+    types = [torch.float32, torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.float16]
+
+    def averages() -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        ema = EMA((0.05, 0.25))
+        model = {f"w{k}": torch.empty(3, 100 + k).to(types[k % 5]) for k in range(15)}
+        model["channels last"] = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+        model["large"] = torch.empty(70_000)
+        for _ in range(5):
+            for tensor in model.values():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            ema.update(model)
+        return {f"{s} {n}": a.double() for s in (0.05, 0.25) for n, a in ema.average(s).items()}
+
+    plain, compiled = in_both(monkeypatch, averages)
+    assert list(plain) == list(compiled)
+    for name, values in plain.items():
+        # Each of five steps rounds a float32 of about four.
+        assert (compiled[name] - values).abs().max() <= 5 * 4 * 2**-23, name

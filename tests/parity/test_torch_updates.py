@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posthoc_ema import EMA, SnapshotStore, StructureError
+from posthoc_ema import EMA, SnapshotStore, StructureError, native
 from tests.parity.torch_runs import SIGMA, Recorder, jitter, recorded, train
 
 # Wrappers ------------------------------------------------------------------------------------
@@ -148,6 +148,13 @@ def kernels_of(action: Callable[[], object]) -> list[str]:
 SYNCHRONISING = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled loops, which serve the CPU alone, all work is PyTorch's."""
+    monkeypatch.setattr(native, "library", lambda: None)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_updates_never_wait_for_the_device() -> None:
     # Reading one number from a GPU waits for all work before it. The guard against NaN must.
     module = nn.Sequential(nn.Linear(50, 50), nn.BatchNorm1d(50))
@@ -159,6 +166,7 @@ def test_updates_never_wait_for_the_device() -> None:
     assert SYNCHRONISING & set(kernels_of(lambda: guarded.update(module))), "the twin"
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_small_tensors_are_gathered_into_few_kernels() -> None:
     model = {f"w{k}": torch.zeros(1000) for k in range(500)}
     ema = EMA(sigma_rel=(0.05, 0.10))

@@ -1,0 +1,302 @@
+/* Included by _native.c once for each set of instructions; WITH(name) names this one's. */
+
+static void WITH(decode_halves)(const uint8_t *stored, int64_t count, float *out) {
+  int64_t i = 0;
+#if defined(HAS_F16C)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(stored + 2 * i))));
+#elif defined(__aarch64__) && defined(__FLT16_MAX__)
+  for (; i < count; i++) {
+    _Float16 half;
+    memcpy(&half, stored + 2 * i, 2);
+    out[i] = (float)half;
+  }
+#endif
+  for (; i < count; i++) {
+    uint32_t half = (uint32_t)stored[2 * i] | (uint32_t)stored[2 * i + 1] << 8;
+    /* Exponent and mantissa into place; the product corrects the bias of the exponent and
+       normalises subnormals. Infinity and NaN get the exponent that is theirs. */
+    float magnitude = float_of((half & 0x7FFF) << 13) * 0x1p112f;
+    uint32_t special = (half & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;
+    out[i] = float_of(bits_of(magnitude) | special | (half & 0x8000) << 16);
+  }
+}
+
+static void WITH(decode_bfloats)(const uint8_t *stored, int64_t count, float *out) {
+  for (int64_t i = 0; i < count; i++) {
+    uint16_t high;
+    memcpy(&high, stored + 2 * i, 2);
+    out[i] = float_of((uint32_t)high << 16);
+  }
+}
+
+/* One block: planes from the highest bits down, each packed; two's complement in all. */
+static void WITH(decode_block)(int bits, const uint8_t *stored, float *out) {
+  float scale = load_bfloat16(stored);
+  const uint8_t *plane = stored + 2;
+  int32_t codes[BLOCK];
+  int left = bits, first = 1;
+  if (left >= 8) {
+    for (int i = 0; i < BLOCK; i++) codes[i] = (int8_t)plane[i];
+    plane += BLOCK, left -= 8, first = 0;
+    if (left >= 8) {
+      for (int i = 0; i < BLOCK; i++) codes[i] = codes[i] * 256 + plane[i];
+      plane += BLOCK, left -= 8;
+    }
+  }
+  if (left >= 4) {
+    for (int i = 0; i < 32; i++) {
+      int low = plane[i] & 15, high = plane[i] >> 4;
+      codes[i] = first ? (low ^ 8) - 8 : codes[i] * 16 + low;
+      codes[i + 32] = first ? (high ^ 8) - 8 : codes[i + 32] * 16 + high;
+    }
+    plane += 32, left -= 4;
+  }
+  if (left >= 2)
+    for (int j = 0; j < 4; j++)
+      for (int i = 0; i < 16; i++)
+        codes[16 * j + i] = codes[16 * j + i] * 4 + (plane[i] >> 2 * j & 3);
+  for (int i = 0; i < BLOCK; i++) out[i] = (float)codes[i] * scale;
+}
+
+static void WITH(decode)(int type, const uint8_t *stored, int64_t count, float *out) {
+  if (type == F32) {
+    memcpy(out, stored, (size_t)count * 4);
+  } else if (type == F16) {
+    WITH(decode_halves)(stored, count, out);
+  } else if (type == BF16) {
+    WITH(decode_bfloats)(stored, count, out);
+  } else {
+    int bits = type - QUANTISED;
+    for (; count > 0; count -= BLOCK, out += BLOCK, stored += block_bytes(bits)) {
+      if (count >= BLOCK) {
+        WITH(decode_block)(bits, stored, out);
+      } else { /* filled up with zeros that nobody has room for */
+        float last[BLOCK];
+        WITH(decode_block)(bits, stored, last);
+        memcpy(out, last, (size_t)count * 4);
+      }
+    }
+  }
+}
+
+static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored, int64_t count,
+                          const float *base, int64_t targets, const float *coefficients,
+                          float *out, int64_t stride) {
+  float rows[ROWS][TILE];
+  for (int64_t start = 0; start < count; start += TILE) {
+    int64_t n = count - start < TILE ? count - start : TILE, skip = byte_of(type, start);
+    for (int64_t i = 0; i < files; i += ROWS) {
+      int64_t together = files - i < ROWS ? files - i : ROWS;
+      for (int64_t j = 0; j < together; j++) {
+        const uint8_t *source = stored[i + j] + skip;
+        float *row = rows[j];
+        WITH(decode)(type, source, n, row);
+        if (base)
+          for (int64_t e = 0; e < n; e++) row[e] -= base[start + e];
+      }
+      for (int64_t k = 0; k < targets; k++) {
+        const float *x = coefficients + k * files + i;
+        float *sum = out + k * stride + start;
+        if (together == ROWS) {
+          float a = x[0], b = x[1], c = x[2], d = x[3];
+          for (int64_t e = 0; e < n; e++)
+            sum[e] += (a * rows[0][e] + b * rows[1][e]) + (c * rows[2][e] + d * rows[3][e]);
+        } else {
+          for (int64_t j = 0; j < together; j++)
+            for (int64_t e = 0; e < n; e++) sum[e] += x[j] * rows[j][e];
+        }
+      }
+    }
+  }
+}
+
+/* One block of finite numbers; returns the sum of squared rounding errors. */
+static double WITH(encode_block)(int bits, const float *values, uint8_t *stored, float *decoded) {
+  float top = (float)((1 << (bits - 1)) - 1), largest = 0, most[LANES] = {0};
+  double sums[LANES] = {0};
+  for (int i = 0; i < BLOCK; i += LANES)
+    for (int j = 0; j < LANES; j++) {
+      float magnitude = fabsf(values[i + j]);
+      most[j] = magnitude > most[j] ? magnitude : most[j];
+    }
+  for (int j = 0; j < LANES; j++) largest = most[j] > largest ? most[j] : largest;
+  /* Below, the reciprocal of the scale would overflow. */
+  uint16_t high = largest > 0x1p-110f ? bfloat16_above(largest / top) : 0;
+  float scale = float_of((uint32_t)high << 16), inverse = scale > 0 ? 1 / scale : 0;
+  int32_t codes[BLOCK];
+  for (int i = 0; i < BLOCK; i += LANES)
+    for (int j = 0; j < LANES; j++) {
+      float scaled = values[i + j] * inverse, code = nearbyintf(scaled);
+      codes[i + j] = (int32_t)code;
+      decoded[i + j] = code * scale + 0.0f; /* integers have no negative zero */
+      /* By way of the scaled number: decoded - value would round once more. */
+      float error = scale > 0 ? (scaled - code) * scale : values[i + j];
+      sums[j] += (double)error * error;
+    }
+  stored[0] = (uint8_t)high, stored[1] = (uint8_t)(high >> 8);
+  uint8_t *plane = stored + 2;
+  int left = bits;
+  while (left >= 8) {
+    left -= 8;
+    for (int i = 0; i < BLOCK; i++) plane[i] = (uint8_t)(codes[i] >> left);
+    plane += BLOCK;
+  }
+  if (left >= 4) {
+    left -= 4;
+    for (int i = 0; i < 32; i++)
+      plane[i] = (uint8_t)((codes[i] >> left & 15) | (codes[i + 32] >> left & 15) << 4);
+    plane += 32;
+  }
+  if (left >= 2)
+    for (int i = 0; i < 16; i++)
+      plane[i] = (uint8_t)((codes[i] & 3) | (codes[i + 16] & 3) << 2 | (codes[i + 32] & 3) << 4 |
+                           (codes[i + 48] & 3) << 6);
+  double square = 0;
+  for (int j = 0; j < LANES; j++) square += sums[j];
+  return square;
+}
+
+/* To nearest even, of finite numbers that fit. */
+static void WITH(encode_halves)(const float *values, int64_t count, uint8_t *stored) {
+  int64_t i = 0;
+#if defined(HAS_F16C)
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128((__m128i *)(stored + 2 * i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__) && defined(__FLT16_MAX__)
+  for (; i < count; i++) {
+    _Float16 half = (_Float16)values[i];
+    memcpy(stored + 2 * i, &half, 2);
+  }
+#endif
+  for (; i < count; i++) {
+    uint32_t bits = bits_of(values[i]), magnitude = bits & 0x7FFFFFFF, half;
+    if (magnitude < 0x38800000) /* subnormal: the addition rounds to its spacing */
+      half = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000;
+    else
+      half = (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+    half |= bits >> 16 & 0x8000;
+    stored[2 * i] = (uint8_t)half, stored[2 * i + 1] = (uint8_t)(half >> 8);
+  }
+}
+
+static void WITH(encode_bfloats)(const float *values, int64_t count, uint8_t *stored) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits = bits_of(values[i]);
+    uint16_t high = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    memcpy(stored + 2 * i, &high, 2);
+  }
+}
+
+static double WITH(encode)(int type, const float *values, const float *predicted, int64_t count,
+                           uint8_t *stored, float *decoded) {
+  double square = 0;
+  float rest[TILE], found[TILE];
+  for (int64_t start = 0; start < count; start += TILE) {
+    int64_t n = count - start < TILE ? count - start : TILE, filled = n;
+    uint8_t *bytes = stored + byte_of(type, start);
+    for (int64_t e = 0; e < n; e++)
+      rest[e] = predicted ? values[start + e] - predicted[start + e] : values[start + e];
+    if (type >= QUANTISED) {
+      int bits = type - QUANTISED;
+      while (filled % BLOCK) rest[filled++] = 0;
+      for (int64_t e = 0; e < filled; e += BLOCK, bytes += block_bytes(bits))
+        square += WITH(encode_block)(bits, rest + e, bytes, found + e);
+    } else if (type == F32) {
+      memcpy(bytes, rest, (size_t)n * 4);
+      memcpy(found, rest, (size_t)n * 4);
+    } else {
+      if (type == F16)
+        WITH(encode_halves)(rest, n, bytes);
+      else
+        WITH(encode_bfloats)(rest, n, bytes);
+      WITH(decode)(type, bytes, n, found);
+      while (filled % LANES) rest[filled] = found[filled] = 0, filled++;
+      double sums[LANES] = {0};
+      for (int64_t e = 0; e < filled; e += LANES)
+        for (int j = 0; j < LANES; j++) {
+          float error = found[e + j] - rest[e + j];
+          sums[j] += (double)error * error;
+        }
+      for (int j = 0; j < LANES; j++) square += sums[j];
+    }
+    if (decoded)
+      for (int64_t e = 0; e < n; e++)
+        decoded[start + e] = predicted ? found[e] + predicted[start + e] : found[e];
+  }
+  return square;
+}
+
+static void WITH(measure)(const float *values, int64_t count, double *square, float *largest) {
+  double sums[LANES] = {0};
+  float most[LANES] = {0};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    for (int j = 0; j < LANES; j++) {
+      float value = values[i + j], magnitude = fabsf(value);
+      sums[j] += (double)value * value;
+      most[j] = magnitude > most[j] ? magnitude : most[j];
+    }
+  for (; i < count; i++) {
+    sums[0] += (double)values[i] * values[i];
+    most[0] = fabsf(values[i]) > most[0] ? fabsf(values[i]) : most[0];
+  }
+  *square = 0, *largest = 0;
+  for (int j = 0; j < LANES; j++) {
+    *square += sums[j];
+    *largest = most[j] > *largest ? most[j] : *largest;
+  }
+}
+
+static void WITH(lerp)(int type, int64_t tensors, const uint8_t *const *sources,
+                       const int64_t *counts, float *const *averages, const int64_t *strides,
+                       int64_t tracks, const float *weights) {
+  float converted[TILE];
+  for (int64_t t = 0; t < tensors; t++) {
+    for (int64_t start = 0; start < counts[t]; start += TILE) {
+      int64_t n = counts[t] - start < TILE ? counts[t] - start : TILE;
+      const float *source = (const float *)(const void *)(sources[t] + byte_of(type, start));
+      if (type != F32) {
+        WITH(decode)(type, sources[t] + byte_of(type, start), n, converted);
+        source = converted;
+      }
+      for (int64_t k = 0; k < tracks; k++) {
+        float *average = averages[t] + k * strides[t] + start, weight = weights[k];
+        if (weight < 0.5f) {
+          for (int64_t e = 0; e < n; e++) average[e] += weight * (source[e] - average[e]);
+        } else { /* exact at one */
+          float rest = 1 - weight;
+          for (int64_t e = 0; e < n; e++) average[e] = source[e] - rest * (source[e] - average[e]);
+        }
+      }
+    }
+  }
+}
+
+static int WITH(all_finite)(int type, int64_t tensors, const uint8_t *const *sources,
+                            const int64_t *counts) {
+  uint32_t found = 0;
+  for (int64_t t = 0; t < tensors; t++) {
+    if (type == F32) {
+      const uint8_t *source = sources[t];
+      for (int64_t i = 0; i < counts[t]; i++) {
+        uint32_t bits;
+        memcpy(&bits, source + 4 * i, 4);
+        /* An exponent of ones alone overflows into the sign. */
+        found |= (bits & 0x7FFFFFFF) + 0x00800000;
+      }
+    } else {
+      uint16_t one = type == F16 ? 0x0400 : 0x0080, overflowed = 0;
+      const uint8_t *source = sources[t];
+      for (int64_t i = 0; i < counts[t]; i++) {
+        uint16_t bits;
+        memcpy(&bits, source + 2 * i, 2);
+        overflowed |= (uint16_t)((bits & 0x7FFF) + one);
+      }
+      found |= (uint32_t)overflowed << 16;
+    }
+    if (found & 0x80000000) return 0;
+  }
+  return 1;
+}
