@@ -249,25 +249,47 @@ static void WITH(measure)(const float *values, int64_t count, double *square, fl
   }
 }
 
+/* One average, or two at once, which brings the source into the processor once. */
+static void WITH(lerp_one)(const float *source, int64_t n, float weight, float *average) {
+  float rest = 1 - weight;
+  if (weight < 0.5f) {
+    for (int64_t e = 0; e < n; e++) average[e] += weight * (source[e] - average[e]);
+  } else { /* exact at one */
+    for (int64_t e = 0; e < n; e++) average[e] = source[e] - rest * (source[e] - average[e]);
+  }
+}
+
+static void WITH(lerp_two)(const float *restrict source, int64_t n, float a, float b,
+                           float *restrict first, float *restrict second) {
+  for (int64_t e = 0; e < n; e++) {
+    float value = source[e];
+    first[e] += a * (value - first[e]);
+    second[e] += b * (value - second[e]);
+  }
+}
+
 static void WITH(lerp)(int type, int64_t tensors, const uint8_t *const *sources,
                        const int64_t *counts, float *const *averages, const int64_t *strides,
                        int64_t tracks, const float *weights) {
   float converted[TILE];
   for (int64_t t = 0; t < tensors; t++) {
-    for (int64_t start = 0; start < counts[t]; start += TILE) {
-      int64_t n = counts[t] - start < TILE ? counts[t] - start : TILE;
+    int64_t step = type == F32 ? LERP_TILE : TILE;
+    for (int64_t start = 0; start < counts[t]; start += step) {
+      int64_t n = counts[t] - start < step ? counts[t] - start : step, k = 0;
       const float *source = (const float *)(const void *)(sources[t] + byte_of(type, start));
+      float *average = averages[t] + start;
       if (type != F32) {
         WITH(decode)(type, sources[t] + byte_of(type, start), n, converted);
         source = converted;
       }
-      for (int64_t k = 0; k < tracks; k++) {
-        float *average = averages[t] + k * strides[t] + start, weight = weights[k];
-        if (weight < 0.5f) {
-          for (int64_t e = 0; e < n; e++) average[e] += weight * (source[e] - average[e]);
-        } else { /* exact at one */
-          float rest = 1 - weight;
-          for (int64_t e = 0; e < n; e++) average[e] = source[e] - rest * (source[e] - average[e]);
+      while (k < tracks) {
+        float *next = average + (k + 1) * strides[t];
+        if (k + 1 < tracks && weights[k] < 0.5f && weights[k + 1] < 0.5f) {
+          WITH(lerp_two)(source, n, weights[k], weights[k + 1], next - strides[t], next);
+          k += 2;
+        } else {
+          WITH(lerp_one)(source, n, weights[k], next - strides[t]);
+          k++;
         }
       }
     }

@@ -11,10 +11,14 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from posthoc_ema.workers import MAX_THREADS, usable_cores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
 # As the enum in _native.c numbers them.
 TYPES = {"F32": 0, "F16": 1, "BF16": 2, **{f"Q{bits}": 64 + bits for bits in (4, 6, 8, 10, 12, 16)}}
 """Stored types that there are loops for, by their names in files."""
+
+ITEM = {"F32": 4, "F16": 2, "BF16": 2}
+_WORTH_THREADS = 1 << 22  # elements; fewer are moved before another thread has begun
 
 
 @cache
@@ -91,19 +98,49 @@ class Tensors:
         averages: Sequence[int],
         strides: Sequence[int],
     ) -> None:
-        self._type, self._number = TYPES[dtype], len(sources)
-        self._arrays = (
-            np.array(sources, np.uint64),
-            np.array(counts, np.int64),
-            np.array(averages, np.uint64),
-            np.array(strides, np.int64),
-        )
-        self._addresses = [address(array) for array in self._arrays]
+        self._type = TYPES[dtype]
+        self._parts: list[tuple[NDArray[np.uint64] | NDArray[np.int64], ...]] = []
+        total, item = sum(counts), ITEM[dtype]
+        number = min(usable_cores(), MAX_THREADS) if total >= _WORTH_THREADS else 1
+        edges = [total * k // number for k in range(number + 1)]
+        ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
+        for left, right in pairwise(edges):
+            rows = []
+            for k in range(int(np.searchsorted(ends, left, "right")), len(counts)):
+                start = int(ends[k]) - counts[k]
+                if start >= right:
+                    break
+                skip = max(left - start, 0)
+                rows.append(
+                    (
+                        sources[k] + skip * item,
+                        min(counts[k], right - start) - skip,
+                        averages[k] + 4 * skip,
+                        strides[k],
+                    )
+                )
+            columns = list(zip(*rows, strict=True)) or [()] * 4
+            kinds = (np.uint64, np.int64, np.uint64, np.int64)
+            self._parts.append(tuple(map(np.array, columns, kinds)))
 
     def lerp(self, weights: NDArray[np.float32]) -> None:
         """Move the averages of each track towards the tensors by its weight."""
-        library().lerp(self._type, self._number, *self._addresses, len(weights), address(weights))
+
+        def move(part: tuple[NDArray[Any], ...]) -> None:
+            pointers = map(address, part)
+            library().lerp(self._type, len(part[0]), *pointers, len(weights), address(weights))
+
+        # Threads of their own: what little starting them takes, waiting ones would take too.
+        threads = [Thread(target=move, args=(part,)) for part in self._parts[1:]]
+        for thread in threads:
+            thread.start()
+        move(self._parts[0])
+        for thread in threads:
+            thread.join()
 
     def is_finite(self) -> bool:
         """Whether all elements of all tensors are finite."""
-        return bool(library().all_finite(self._type, self._number, *self._addresses[:2]))
+        return all(
+            library().all_finite(self._type, len(part[0]), *map(address, part[:2]))
+            for part in self._parts
+        )

@@ -2,7 +2,10 @@
 
 An update reads every weight and reads and writes every average, and can do no less. What it
 need not do is walk the module, call a kernel for each tensor and track, or bring a weight into
-the cache once for XX
+the cache once for each track. So the averages of one type and device are one matrix, a row for
+each track. On a CPU one call of a compiled loop moves all of it. Elsewhere (on a GPU, where that
+loop is missing, of types it does not know) a chunk of a large tensor moves all rows in one call,
+and small tensors are gathered into a block first.
 """
 
 from __future__ import annotations
@@ -130,7 +133,7 @@ class TorchTracker(Tracker):
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether all weights to be averaged are finite; waits for the device once."""
-        if not all(tensors.is_finite() for tensors in self._small):
+        if not all(tensors.is_finite() for tensors in self._compiled):
             return False
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for source in self._sources():
@@ -147,11 +150,9 @@ class TorchTracker(Tracker):
         columns = {
             dtype: torch.tensor(weights, dtype=dtype)[:, None] for dtype in self._kept if weights
         }
-        if self._small:
-            ones = [1.0] * len(self._tracks)
-            weight_of = np.array(ones if weights is None else weights, np.float32)
-            for tensors in self._small:
-                tensors.lerp(weight_of)
+        whole = [1.0] * len(self._tracks)  # takes the tensors as they are
+        for tensors in self._compiled:
+            tensors.lerp(np.array(whole if weights is None else weights, np.float32))
         for piece in self._pieces:
             piece.fill()
             if weights is None:
@@ -238,7 +239,7 @@ class TorchTracker(Tracker):
             yield model
 
     def _sources(self) -> Iterator[torch.Tensor]:
-        """The current values of all averaged tensors but small ones; each valid until the next."""
+        """The current values of tensors that no loop is compiled for; each valid until the next."""
         for piece in self._pieces:
             piece.fill()
             yield piece.source
@@ -256,10 +257,10 @@ class TorchTracker(Tracker):
         """Cut the work of an update into pieces; holds until a tensor moves in memory."""
         self._pieces: list[_Piece] = []
         self._gathered: list[str] = []
-        self._small: list[native.Tensors] = []
+        self._compiled: list[native.Tensors] = []
         for pool in self._pools:
             loops = pool.device.type == "cpu" and pool.dtype == torch.float32 and native.library()
-            small: dict[str, list[tuple[torch.Tensor, int]]] = {}
+            compiled: dict[str, list[tuple[torch.Tensor, int]]] = {}
             chunk = _CPU_CHUNK if pool.device.type == "cpu" else pool.size
             with torch.inference_mode(False):
                 scratch = torch.empty(
@@ -276,8 +277,8 @@ class TorchTracker(Tracker):
                     block, filled = self._close(block, scratch), 0
                     continue
                 flat = tensor.as_strided((count,), (1,), tensor.storage_offset())
-                if count < _SMALL and loops and flat.is_cpu and flat.dtype in _NATIVE:
-                    small.setdefault(_NATIVE[flat.dtype], []).append((flat, place.start))
+                if loops and flat.is_cpu and flat.dtype in _NATIVE:
+                    compiled.setdefault(_NATIVE[flat.dtype], []).append((flat, place.start))
                     block, filled = self._close(block, scratch), 0  # what follows lies elsewhere
                     continue
                 if count < _SMALL:
@@ -299,7 +300,7 @@ class TorchTracker(Tracker):
                     else:
                         self._pieces.append(_Piece(part, averages, [([source], part)]))
             self._close(block, scratch)
-            self._small += [
+            self._compiled += [
                 native.Tensors(
                     dtype,
                     [flat.data_ptr() for flat, _ in tensors],
@@ -307,7 +308,7 @@ class TorchTracker(Tracker):
                     [pool.flats.data_ptr() + 4 * start for _, start in tensors],
                     [pool.size] * len(tensors),
                 )
-                for dtype, tensors in small.items()
+                for dtype, tensors in compiled.items()
             ]
 
     def _close(self, block: list[tuple[torch.Tensor, _Place]], scratch: torch.Tensor) -> list[Any]:
