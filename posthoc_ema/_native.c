@@ -88,7 +88,7 @@ static uint16_t bfloat16_above(float value) { return (uint16_t)((bits_of(value) 
    stored: `files` pointers to `count` numbers of `type`. base: `count` numbers, or NULL for zeros.
    coefficients: [targets, files]. out: `targets` rows of `count` numbers, `stride` apart. */
 EXPORT void combine(int type, int64_t files, const uint8_t *const *stored, int64_t count,
-                    const float *base, int64_t targets, const float *coefficients, float *out,
+                    const float *base, int64_t targets, const float *coefficients, double *out,
                     int64_t stride) {
   BEST(combine)(type, files, stored, count, base, targets, coefficients, out, stride);
 }
@@ -101,8 +101,8 @@ EXPORT void decode(int type, const uint8_t *stored, int64_t count, float *out) {
 /* Floats, less what was predicted (unless NULL), to stored numbers, rounded to the nearest.
    decoded (unless NULL) receives them as a reader finds them, the prediction added.
    Returns the sum of squared rounding errors. */
-EXPORT double encode(int type, const float *values, const float *predicted, int64_t count,
-                     uint8_t *stored, float *decoded) {
+EXPORT double encode(int type, const float *values, const double *predicted, int64_t count,
+                     uint8_t *stored, double *decoded) {
   return BEST(encode)(type, values, predicted, count, stored, decoded);
 }
 

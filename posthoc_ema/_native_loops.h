@@ -82,7 +82,7 @@ static void WITH(decode)(int type, const uint8_t *stored, int64_t count, float *
 
 static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored, int64_t count,
                           const float *base, int64_t targets, const float *coefficients,
-                          float *out, int64_t stride) {
+                          double *out, int64_t stride) {
   float rows[ROWS][TILE];
   for (int64_t start = 0; start < count; start += TILE) {
     int64_t n = count - start < TILE ? count - start : TILE, skip = byte_of(type, start);
@@ -97,7 +97,7 @@ static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored,
       }
       for (int64_t k = 0; k < targets; k++) {
         const float *x = coefficients + k * files + i;
-        float *sum = out + k * stride + start;
+        double *sum = out + k * stride + start;
         if (together == ROWS) {
           float a = x[0], b = x[1], c = x[2], d = x[3];
           for (int64_t e = 0; e < n; e++)
@@ -189,15 +189,15 @@ static void WITH(encode_bfloats)(const float *values, int64_t count, uint8_t *st
   }
 }
 
-static double WITH(encode)(int type, const float *values, const float *predicted, int64_t count,
-                           uint8_t *stored, float *decoded) {
+static double WITH(encode)(int type, const float *values, const double *predicted, int64_t count,
+                           uint8_t *stored, double *decoded) {
   double square = 0;
   float rest[TILE], found[TILE];
   for (int64_t start = 0; start < count; start += TILE) {
     int64_t n = count - start < TILE ? count - start : TILE, filled = n;
     uint8_t *bytes = stored + byte_of(type, start);
     for (int64_t e = 0; e < n; e++)
-      rest[e] = predicted ? values[start + e] - predicted[start + e] : values[start + e];
+      rest[e] = predicted ? (float)(values[start + e] - predicted[start + e]) : values[start + e];
     if (type >= QUANTISED) {
       int bits = type - QUANTISED;
       while (filled % BLOCK) rest[filled++] = 0;

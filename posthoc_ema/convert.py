@@ -49,9 +49,10 @@ def convert(
         raise ValueError(f"out must be another folder than {source.path}")
     present = {(s.t, s.profile) for s in target.scan()[0]}
     waiting = [s for s in found if (s.t, s.profile) not in present]
+    newest = {s.profile: s for s in found}  # in order of time
     disable = None if progress is None else not progress  # None: only on a terminal
     with tqdm(total=len(waiting), desc="convert", unit="file", disable=disable) as bar:
         for snapshot in waiting:
-            target.take(snapshot, encoding)
+            target.take(snapshot, encoding, newest[snapshot.profile] is snapshot)
             bar.update()
     return target.list()

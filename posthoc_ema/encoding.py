@@ -60,10 +60,13 @@ class Encoding:
             they are kept (float32, and float64 for float64 weights).
         residuals: Types for what remains of an average after its prediction from earlier
             snapshots: of the first track of a time, and of the others. None: always whole.
+        refines: Whether the newest snapshot of each track is accompanied by what its rounding
+            took, as nothing later tells of it.
     """
 
     whole: str | None
     residuals: tuple[str, str] | None = None
+    refines: bool = False
 
 
 ENCODINGS: dict[str, Encoding] = {
@@ -71,12 +74,17 @@ ENCODINGS: dict[str, Encoding] = {
     "float16": Encoding("F16"),
     "bfloat16": Encoding("BF16"),
     "delta16": Encoding(None, ("Q16", "Q12")),
-    "delta8": Encoding("F16", ("Q8", "Q6")),
-    "delta6": Encoding("F16", ("Q6", "Q4")),
+    "delta8": Encoding("Q8", ("Q8", "Q6"), refines=True),
+    "delta6": Encoding("Q8", ("Q6", "Q4"), refines=True),
+    "delta4": Encoding("Q8", ("Q4", "Q4"), refines=True),
 }
 """Encodings of snapshots, by name."""
 
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895e38}  # above, rounding gives infinity
+_LARGEST |= dict.fromkeys(_BLOCK_TYPES, 1e38)
+_UNFILLED = "F16"  # for tensors that fill no block
+# What a refinement leaves, relative to the RMS of a tensor: less than rounding to float16 does.
+_REFINED = 1.8e-4
 # Below this RMS the fixed spacing of float16's subnormal numbers, 2⁻²⁴, adds more error than
 # its 11 significant bits do.
 _FLOAT16_SMALL_RMS = 2.0**-13
@@ -110,30 +118,47 @@ def alignment(dtype: str) -> int:
     return ITEM_SIZE.get(dtype, 1)
 
 
-def stored_dtype(encoding: str, kept: str, max_abs: float, rms: float) -> str:
-    """Type in which one tensor is stored.
+def stored_dtype(encoding: str, kept: str, count: int, max_abs: float, rms: float) -> str:
+    """Type in which one tensor is stored whole.
 
     Args:
         encoding: One of :data:`ENCODINGS`.
         kept: ``"F32"`` or ``"F64"``, the type of the average in memory.
+        count: Number of elements.
         max_abs: Largest magnitude in the tensor.
         rms: Root mean square of the tensor.
 
     Returns:
-        The encoding's own type, or ``kept`` where that would overflow, or where float16 would
-        lose precision to its subnormal numbers.
+        The encoding's own type; float16 where a tensor fills no block; ``kept`` where that would
+        overflow, or where float16 would lose precision to its subnormal numbers.
     """
     wanted = ENCODINGS[encoding].whole
+    if wanted in _BLOCK_TYPES and count < BLOCK:
+        wanted = _UNFILLED
     if wanted is None or max_abs > _LARGEST[wanted]:
         return kept
     return kept if wanted == "F16" and 0 < rms < _FLOAT16_SMALL_RMS else wanted
 
 
+def refining_dtype(error: float, rms: float) -> str:
+    """Type for what rounding took, as coarse as will do.
+
+    Args:
+        error: RMS of what it took.
+        rms: Root mean square of the tensor.
+    """
+    for bits in (4, 6):
+        # Rounding errors fill their range evenly, and are cut into so many parts.
+        if error <= _REFINED * rms * ((1 << bits) - 2):
+            return f"Q{bits}"
+    return "Q8"
+
+
 def encode(
     values: NDArray[Any],
     dtype: str,
-    predicted: NDArray[np.float32] | None = None,
-    decoded: NDArray[Any] | None = None,
+    predicted: NDArray[np.float64] | None = None,
+    decoded: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.uint8], float]:
     """Round finite values, or what remains of them after a prediction, to the stored type.
 
@@ -141,8 +166,7 @@ def encode(
         values: ``[n]`` float32 or float64, contiguous.
         dtype: Stored type: F64, F32, F16, BF16, or a block type.
         predicted: ``[n]`` to be subtracted first.
-        decoded: ``[n]`` of the type of ``values``, overwritten: what a reader will find, the
-            prediction added.
+        decoded: ``[n]``, overwritten: what a reader will find, the prediction added.
 
     Returns:
         The bytes that the file holds, and the sum of squared rounding errors.
@@ -165,11 +189,11 @@ def encode(
 def _encode(
     values: NDArray[Any],
     dtype: str,
-    predicted: NDArray[np.float32] | None,
-    decoded: NDArray[Any] | None,
+    predicted: NDArray[np.float64] | None,
+    decoded: NDArray[np.float64] | None,
 ) -> tuple[NDArray[np.uint8], float]:
     """The same in numpy."""
-    rest = values if predicted is None else values - predicted
+    rest = values if predicted is None else (values - predicted).astype(values.dtype)
     if dtype in _BLOCK_TYPES:
         blocks, square = encode_blocks(rest.astype(np.float32, copy=False), _BLOCK_TYPES[dtype])
         stored = blocks.reshape(-1)

@@ -29,8 +29,6 @@ _CHUNK = 1 << 13
 # Averages live in float32 (or float64), so even exact storage leaves them this uncertain
 # (variance, relative to the mean square).
 _ROUNDING = {"F32": 2.0**-50, "F64": 2.0**-108}
-# Predictions are sums in float32, and their rounding adds up along a chain of them.
-_CHAIN_ROUNDING = 2.0**-40
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +124,6 @@ def _noise(snapshot: Snapshot, mean_square: float) -> float:
         _ROUNDING["F64" if dtype in ("F64", "C128") else "F32"] * snapshot.entries[name].count
         for name, dtype in snapshot.averages.items()
     ) / max(snapshot.statistics["count"], 1)
-    if snapshot.links:
-        kept = max(kept, _CHAIN_ROUNDING)
     stored = snapshot.statistics["rounding_square"] / (snapshot.statistics["mean_square"] or 1.0)
     return (kept + stored) * mean_square
 

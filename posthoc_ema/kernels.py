@@ -1,4 +1,4 @@
-"""The inner loop of a pass over many files: their numbers decoded, and linearly combined."""
+"""The inner loops of a pass over many files: their numbers decoded, and linearly combined."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def combine(
 ) -> None:
     """``out += coefficients @ (decoded rows - base)``, on the calling thread alone.
 
-    Differences, because then rounding is relative to them, not to the numbers.
+    Differences, because then rounding is relative to them, not to the numbers; in float64, because
+    along a chain of residuals there may be many.
 
     Args:
         rows: ``g`` rows of the same ``m`` stored elements, as contiguous bytes.
         dtype: Their stored type.
         base: ``[m]`` what is subtracted from each row; None for nothing.
-        coefficients: ``[k, g]``, contiguous.
-        out: ``[k, m]`` float32 or float64, each row contiguous; of ``base`` and ``coefficients``
-            the same type.
+        coefficients: ``[k, g]`` float32, or float64 to decode to float64; contiguous; ``base`` is
+            of the same type.
+        out: ``[k, m]`` float64, each row contiguous.
     """
     library = native.library()
-    if library is None or out.dtype != np.float32 or dtype not in native.TYPES:
+    if library is None or coefficients.dtype != np.float32 or dtype not in native.TYPES:
         _combine(rows, dtype, base, coefficients, out)
         return
     pointers = native.addresses(rows)
@@ -63,7 +64,7 @@ def _combine(
 ) -> None:
     """The same in numpy."""
     count = out.shape[1]
-    numbers = np.empty((len(rows), min(_TILE, count)), out.dtype)
+    numbers = np.empty((len(rows), min(_TILE, count)), coefficients.dtype)
     with np.errstate(invalid="ignore", over="ignore"):  # damaged bytes may be anything
         for left in range(0, count, _TILE):
             right = min(left + _TILE, count)

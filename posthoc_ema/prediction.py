@@ -23,6 +23,7 @@ from posthoc_ema.snapshot_file import AverageSource, CopySource, RunIdentity, Sn
 from posthoc_ema.snapshot_writing import Prediction, write_snapshot
 from posthoc_ema.solve import solve
 from posthoc_ema.streaming import Group, stream
+from posthoc_ema.tensorfile import SUFFIX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,33 +135,42 @@ def write_predicted(
     encoding: str,
     earlier: Sequence[Snapshot],
     memory: Memory,
+    newest: bool = True,
     **history: Any,
 ) -> None:
     """Write a snapshot, in delta encodings predicted from earlier ones, and remember it.
 
-    Args and errors: as :func:`posthoc_ema.snapshot_writing.write_snapshot`, which ``history``
-    goes to, with what :func:`predict` takes.
+    Arguments and errors are those of :func:`posthoc_ema.snapshot_writing.write_snapshot`, which
+    ``history`` goes to, and of :func:`predict`. Some encodings refine the ``newest`` of a track.
     """
-    prediction = None
-    decoded: dict[str, NDArray[Any]] | None = None
-    if ENCODINGS[check_encoding(encoding)].residuals:
-        decoded = {}
-        prediction = predict(earlier, t, profile, averages, memory.arrays)
-    write_snapshot(
-        path,
-        run,
-        t,
-        profile,
-        averages,
-        copies,
-        aliases,
-        encoding,
-        prediction,
-        decoded=decoded,
+    storage = ENCODINGS[check_encoding(encoding)]
+    common: dict[str, Any] = {
+        "run": run,
+        "t": t,
+        "profile": profile,
+        "averages": averages,
+        "copies": copies,
+        "aliases": aliases,
+        "encoding": encoding,
         **history,
-    )
-    if decoded is not None:
-        memory.add(Snapshot.open(path), decoded)
+    }
+    if not storage.residuals:
+        write_snapshot(path, **common)
+        return
+    decoded: dict[str, NDArray[Any]] = {}
+    chain = [s for s in earlier if not s.refines]
+    prediction = predict(chain, t, profile, averages, memory.arrays)
+    write_snapshot(path, prediction=prediction, decoded=decoded, **common)
+    snapshot = Snapshot.open(path)
+    if storage.refines and newest:
+        known = Prediction([(1.0, snapshot)], True, [(1.0, decoded)], frozenset(decoded))
+        write_snapshot(refinement_path(path), prediction=known, refines=True, **common)
+    memory.add(snapshot, decoded)
+
+
+def refinement_path(path: Path) -> Path:
+    """Where the refinement of a snapshot lies."""
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}.fine{SUFFIX}")
 
 
 def _choose(earlier: Sequence[Snapshot], t: float) -> list[Snapshot]:

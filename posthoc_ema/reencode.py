@@ -25,6 +25,7 @@ def write_again(
     encoding: str,
     earlier: Sequence[Snapshot],
     memory: Memory,
+    newest: bool,
     rewrites: int = 0,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
@@ -36,6 +37,7 @@ def write_again(
         encoding: In which encoding.
         earlier: Snapshots that it may be predicted from.
         memory: Of some of them; receives this one.
+        newest: Whether it is the newest of its track.
         rewrites: How often it was written before, in the same folder.
         progress: Called with the number of bytes read.
 
@@ -55,6 +57,7 @@ def write_again(
         encoding,
         earlier,
         memory,
+        newest,
         rounded_before=snapshot.statistics["rounding_square"],
         rewrites=rewrites,
     )

@@ -122,8 +122,9 @@ class Snapshot:
         digests: Of the averages and of the copies.
         entries: All tensors of the file, in the order of its bytes; averages of a block type are
             what remains after a prediction.
-        nbytes: Size of the file.
+        nbytes: Size of the file; of a refinement, and what it refines.
         rewrites: How often pruning wrote it once more.
+        refines: Whether it holds what the rounding of another took: the same average, finer.
         links: From which snapshots it was predicted.
         inputs: The same as (coefficient, snapshot), once the store found them.
     """
@@ -140,6 +141,7 @@ class Snapshot:
     entries: Mapping[str, TensorEntry]
     nbytes: int
     rewrites: int = 0
+    refines: bool = False
     links: tuple[Link, ...] = ()
     inputs: tuple[tuple[float, Snapshot], ...] = field(default=(), compare=False, repr=False)
 
@@ -147,6 +149,11 @@ class Snapshot:
     def copies(self) -> tuple[str, ...]:
         """Names of buffers and integer tensors, in the order of the file."""
         return tuple(name for name in self.entries if name not in self.averages)
+
+    @property
+    def base(self) -> Snapshot | None:
+        """What it refines: the same average, coarser."""
+        return self.inputs[0][1] if self.refines and self.inputs else None
 
     @classmethod
     def open(cls, path: str | Path) -> Snapshot:
@@ -198,6 +205,7 @@ class Snapshot:
                 entries=entries,
                 nbytes=path.stat().st_size,
                 rewrites=data["rewrites"],
+                refines=data["refines"],
                 links=tuple(Link(*link) for link in data["prediction"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -226,7 +234,7 @@ class Snapshot:
         if key not in known:
             out = self.stored(name)
             if block_bits(self.entries[name].dtype) is not None:
-                if not self.inputs:
+                if self.links and not self.inputs:
                     raise MissingInputError(
                         f"{self.path} is stored as its difference from a prediction; take it from "
                         "SnapshotStore(folder).list(), which finds what it was predicted from"
@@ -264,6 +272,8 @@ class Snapshot:
         Raises:
             CorruptSnapshotError: If a byte changed or is missing.
         """
+        if self.base is not None:
+            self.base.verify(progress)
         for part in ("averages", "copies"):
             digest = Digest(self.section_size(part))
             self.add_missing(part, digest, progress)

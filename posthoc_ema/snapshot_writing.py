@@ -22,11 +22,11 @@ from posthoc_ema.encoding import (
     check_encoding,
     encode,
     measure,
+    refining_dtype,
     stored_dtype,
     sum_of_squares,
 )
 from posthoc_ema.errors import NonFiniteError
-from posthoc_ema.kernels import combine
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import (
     FORMAT_VERSION,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _NO_DIGEST = "0" * 32
 _PIECE = 1 << 18  # elements encoded at once, whole blocks
+_TILE = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +63,13 @@ class Prediction:
     terms: Sequence[tuple[float, Mapping[str, NDArray[Any]]]]
     names: frozenset[str]
 
-    def at(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+    def at(self, name: str, start: int, stop: int) -> NDArray[np.float64]:
         """Elements of one tensor."""
-        *others, base = (
-            arrays[name][start:stop].astype(np.float32, copy=False) for _, arrays in self.terms
-        )
-        out = base.copy()
-        if others:
-            factors = np.array([[factor for factor, _ in self.terms[:-1]]], np.float32)
-            combine([row.view(np.uint8) for row in others], "F32", base, factors, out[None])
+        out = np.zeros(stop - start)
+        for left in range(0, stop - start, _TILE):  # what stays in the cache
+            right = min(left + _TILE, stop - start)
+            for factor, arrays in self.terms:
+                out[left:right] += factor * arrays[name][start + left : start + right]
         return out
 
 
@@ -84,6 +83,7 @@ def write_snapshot(
     aliases: Mapping[str, str] | None = None,
     encoding: str = "float32",
     prediction: Prediction | None = None,
+    refines: bool = False,
     rounded_before: float = 0.0,
     rewrites: int = 0,
     decoded: dict[str, NDArray[Any]] | None = None,
@@ -102,16 +102,18 @@ def write_snapshot(
             whose values it cannot hold.
         prediction: With it, encodings that have a type for residuals store what remains of each
             tensor, where that is smaller.
+        refines: Whether the prediction is this very average as a coarser file holds it.
         rounded_before: Mean squared rounding error that the averages carry already.
         rewrites: How often this snapshot was written before.
-        decoded: If given, receives the averages as the file holds them, flat, by name.
+        decoded: If given, receives the averages as the file holds them, flat, by name, float64:
+            what is predicted from them adds up their rounding.
 
     Raises:
         NonFiniteError: If an average holds NaN or infinity.
         OSError: If the file cannot be written.
     """
     check_encoding(encoding)
-    entries, size = _plan_file(path, averages, copies, encoding, prediction)
+    entries, size = _plan_file(path, averages, copies, encoding, prediction, refines)
     blocks = {e.name: list(e.shape) for e in entries if block_bits(e.dtype) is not None}
     inputs = prediction.inputs if prediction and blocks else ()
     identity = {
@@ -127,6 +129,7 @@ def write_snapshot(
         "averages": [[source.name, source.dtype] for source in averages],
         "aliases": dict(aliases or {}),
         "rewrites": rewrites,
+        "refines": refines,
         "blocks": blocks,
         "prediction": [[x, s.digests["header"], s.path.name] for x, s in inputs],
     }
@@ -175,6 +178,7 @@ def _plan_file(
     copies: Sequence[CopySource],
     encoding: str,
     prediction: Prediction | None,
+    refines: bool,
 ) -> tuple[list[TensorEntry], dict[str, float]]:
     """First pass over the values: are they finite, how large, and so in what type stored."""
     entries, total, count = [], 0.0, 0
@@ -199,11 +203,16 @@ def _plan_file(
                 'EMA(nonfinite="skip") leaves such steps out of the averages'
             )
         square = min(square, float(np.finfo(np.float64).max))
-        dtype = stored_dtype(encoding, source.kept, largest, (square / max(size, 1)) ** 0.5)
+        rms = (square / max(size, 1)) ** 0.5
+        dtype = stored_dtype(encoding, source.kept, size, largest, rms)
         residuals = ENCODINGS[encoding].residuals
-        # Scalars and the like are too small to gain by it, and may matter much.
-        if predicted is not None and residuals and size >= BLOCK and remaining < square / 4:
-            dtype = residuals[not predicted.first]
+        if predicted is not None and residuals and size >= BLOCK:
+            if refines:
+                dtype = refining_dtype((remaining / size) ** 0.5, rms)
+            elif remaining < square / 4 or block_bits(dtype) is not None:
+                dtype = residuals[not predicted.first]
+        elif refines or (prediction is not None and block_bits(dtype) is not None):
+            dtype = source.kept  # small; or blocks would be read as residuals
         entries.append(TensorEntry(source.name, dtype, source.shape))
         total, count = total + square, count + size
     entries += [TensorEntry(source.name, source.dtype, source.shape) for source in copies]
@@ -231,8 +240,7 @@ def _encode(
 def _room(entry: TensorEntry, decoded: dict[str, NDArray[Any]] | None) -> NDArray[Any] | None:
     if decoded is None:
         return None
-    kind = np.float64 if entry.dtype == "F64" else np.float32
-    return decoded.setdefault(entry.name, np.empty(entry.count, kind))
+    return decoded.setdefault(entry.name, np.empty(entry.count))
 
 
 def _pieces(chunks: Iterable[NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:

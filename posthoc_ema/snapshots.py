@@ -18,7 +18,7 @@ from posthoc_ema.errors import (
     SnapshotWriteError,
     StructureError,
 )
-from posthoc_ema.prediction import Memory, write_predicted
+from posthoc_ema.prediction import Memory, refinement_path, write_predicted
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.reencode import dependants, write_again
 from posthoc_ema.snapshot_file import (
@@ -27,9 +27,8 @@ from posthoc_ema.snapshot_file import (
     RunIdentity,
     Snapshot,
 )
-from posthoc_ema.tensorfile import sync_directory, write_text_atomically
+from posthoc_ema.tensorfile import SUFFIX, sync_directory, write_text_atomically
 
-SUFFIX = ".safetensors"
 ABANDONED = "abandoned"
 _REWRITTEN, _JOURNAL = ".rewritten", ".rewritten.json"
 
@@ -75,7 +74,16 @@ class SnapshotStore:
         return snapshots
 
     def scan(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
-        """All readable snapshots in order, and an error for each file that is not one."""
+        """All readable snapshots in order, and an error for each file that is not one.
+
+        Where there are a snapshot and its refinement, the refinement stands for both.
+        """
+        snapshots, problems = self._everything()
+        refined = {s.base.path for s in snapshots if s.base is not None}
+        return [s for s in snapshots if s.path not in refined], problems
+
+    def _everything(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
+        """All files."""
         if (self.path / _JOURNAL).exists():  # a deletion was killed half-way
             with self._writing():
                 pass
@@ -157,22 +165,28 @@ class SnapshotStore:
             write_predicted(
                 path, run, t, profile, averages, copies, aliases, encoding, earlier, self._memory
             )
+            self._drop_refinements(s for s in earlier if s.profile == profile)
             return self._connected_at(path)
 
-    def take(self, snapshot: Snapshot, encoding: str) -> Snapshot:
+    def take(self, snapshot: Snapshot, encoding: str, newest: bool) -> Snapshot:
         """Write a snapshot of another store here, in an encoding of one's own.
+
+        Args:
+            snapshot: Which.
+            encoding: As in :meth:`write`.
+            newest: Whether it is the newest of its track.
 
         Raises:
             ForeignSnapshotError: If the folder holds snapshots of another run, or this one.
             CorruptSnapshotError: If it was damaged since it was written.
             SnapshotWriteError: If the file cannot be written.
         """
-        path = self.path / snapshot.path.name
+        path = self.path / (snapshot.base or snapshot).path.name
         with self._writing():
             earlier = [s for s in self._own(snapshot.run) if s.t <= snapshot.t]
             if path in [s.path for s in earlier]:
                 raise ForeignSnapshotError(f"{path} already exists")
-            write_again(snapshot, path, encoding, earlier, self._memory)
+            write_again(snapshot, path, encoding, earlier, self._memory, newest)
             return self._connected_at(path)
 
     def check_unchanged(self, written: Iterable[Snapshot]) -> None:
@@ -182,7 +196,7 @@ class SnapshotStore:
             ForeignSnapshotError: If a file of that name now holds something else: two processes
                 continue one run, say one that was taken for dead.
         """
-        for snapshot in written:
+        for snapshot in (s.base or s for s in written):
             try:
                 found = self._open(snapshot.path)
             except FileNotFoundError:
@@ -218,34 +232,43 @@ class SnapshotStore:
                 raise SnapshotError(f"{path} is not in {self.path}")
         before = self._bytes()
         with self._writing():
-            present = self.scan()[0]
+            present = self._everything()[0]
+            for snapshot in present:
+                pair = {snapshot.path, (snapshot.base or snapshot).path}
+                going |= pair if pair & going else set()
             kept = [s for s in present if s.path not in going]
             again = dependants(kept, [s for s in present if s.path in going])
+            new: set[str] = set()
             if again:
                 rewritten = {s.path for s in again}
-                self._write_again(again, [s for s in kept if s.path not in rewritten], progress)
-            self._finish_deleting([path.name for path in going], [s.path.name for s in again])
+                others = [s for s in kept if s.path not in rewritten]
+                new = self._write_again(again, others, progress)
+            old = {s.path.name for s in again} - new
+            self._finish_deleting([*(path.name for path in going), *old], sorted(new))
         return before - self._bytes()
 
     def _write_again(
         self, again: Snapshots, others: Snapshots, progress: Callable[[int], object]
-    ) -> None:
-        """New files beside the old ones, in a hidden folder."""
+    ) -> set[str]:
+        """New files beside the old ones, in a hidden folder; their names."""
         folder = self.path / _REWRITTEN
         folder.mkdir(exist_ok=True)
         new, memory = SnapshotStore(folder), Memory()
-        for snapshot in again:
+        refined = {s.base.path for s in again if s.base is not None}  # their averages are coarser
+        for snapshot in (s for s in again if s.path not in refined):
             earlier = sorted([*others, *new._connected(others)], key=lambda s: s.t)
             earlier = [s for s in earlier if s.t <= snapshot.t]
             write_again(
                 snapshot,
-                folder / snapshot.path.name,
+                folder / (snapshot.base or snapshot).path.name,
                 snapshot.encoding,
                 earlier,
                 memory,
+                snapshot.refines,
                 snapshot.rewrites + 1,
                 progress,
             )
+        return {path.name for path in new._files()}
 
     def _finish_deleting(self, going: Sequence[str], again: Sequence[str]) -> None:
         """Exchange and delete, so that it can be finished after a kill."""
@@ -272,8 +295,17 @@ class SnapshotStore:
         elif (self.path / _REWRITTEN).exists():
             shutil.rmtree(self.path / _REWRITTEN, ignore_errors=True)
 
+    def _drop_refinements(self, snapshots: Iterable[Snapshot]) -> None:
+        """Newer snapshots are on disk: of these the coarser files will do."""
+        dropped = [s for s in snapshots if s.refines]
+        for snapshot in dropped:
+            snapshot.path.unlink(missing_ok=True)
+        if dropped:
+            sync_directory(self.path)
+
     def _connected_at(self, path: Path) -> Snapshot:
-        return next(s for s in self.scan()[0] if s.path == path)
+        either = (path, refinement_path(path))
+        return next(s for s in self.scan()[0] if s.path in either)
 
     def _bytes(self) -> int:
         return sum(path.stat().st_size for path in self._files())
@@ -300,7 +332,7 @@ class SnapshotStore:
 
     def _own(self, run: RunIdentity) -> Sequence[Snapshot]:
         """All snapshots, provided that they belong to this run."""
-        snapshots, problems = self.scan()
+        snapshots, problems = self._everything()
         if problems:
             raise problems[0]
         for snapshot in snapshots:
@@ -369,7 +401,8 @@ def _with_inputs_found(
         for snapshot in waiting:
             if all(link.header in done for link in snapshot.links):
                 inputs = tuple((link.coefficient, done[link.header]) for link in snapshot.links)
-                found.append(replace(snapshot, inputs=inputs))
+                refined = inputs[0][1].nbytes if snapshot.refines else 0
+                found.append(replace(snapshot, inputs=inputs, nbytes=snapshot.nbytes + refined))
                 done[snapshot.digests["header"]] = found[-1]
             else:
                 later.append(snapshot)

@@ -70,7 +70,7 @@ class _Run:
     outputs: Sequence[TensorEntry]
     coefficients: NDArray[Any]
     copied: Sequence[tuple[int, int]]  # (target, file) where the target is that file's average
-    reference: int  # a file with the averages themselves
+    reference: int | None  # a file with the averages themselves, if any
     together: Sequence[Sequence[int]]  # all others that count, in groups of one type
     dtypes: Sequence[str]
     offsets: Sequence[int]  # of its first byte in each file
@@ -165,25 +165,30 @@ class _Reader:
         """One block of the results."""
         start, stop = block
         count, dtype = stop - start, run.coefficients.dtype
-        base = np.empty(count, dtype)
-        stored = self._read(run, [run.reference], start, count)
-        decode_into(stored[0], run.dtypes[run.reference], base)
-        out = self._buffer("out", len(run.coefficients) * count * dtype.itemsize)
-        out = out.view(dtype).reshape(len(run.coefficients), count)
-        out.fill(0)
+        base = np.zeros(count, dtype)
+        if run.reference is not None:
+            stored = self._read(run, [run.reference], start, count)
+            decode_into(stored[0], run.dtypes[run.reference], base)
+        total = self._buffer("total", len(run.coefficients) * count * 8).view(np.float64)
+        total = total.reshape(len(run.coefficients), count)
+        total.fill(0)
         exact = [(t, base) for t, i in run.copied if i == run.reference]
         for files in run.together:
             stored_as = run.dtypes[files[0]]
             stored = self._read(run, files, start, count)
             factors = np.ascontiguousarray(run.coefficients[:, files])
             # Residuals are differences already.
-            combine(stored, stored_as, None if block_bits(stored_as) else base, factors, out)
+            combine(stored, stored_as, None if block_bits(stored_as) else base, factors, total)
             for target, i in run.copied:
                 if i in files:
                     values = np.empty(count, dtype)
                     decode_into(stored[files.index(i)], stored_as, values)
                     exact.append((target, values))
-        out += base
+        total += base
+        out = self._buffer("out", len(run.coefficients) * count * dtype.itemsize).view(dtype)
+        out = out.reshape(total.shape)
+        with np.errstate(over="ignore"):
+            np.copyto(out, total, casting="same_kind")
         for target, values in exact:
             out[target] = values
         with np.errstate(invalid="ignore", over="ignore"):
@@ -278,7 +283,7 @@ def _run(
     coefficients = stored_coefficients(files, group.coefficients, name)
     whole = [i for i, snapshot in enumerate(files) if not is_residual(snapshot, name)]
     counting = np.flatnonzero((coefficients != 0).any(axis=0))
-    reference = max(set(whole) & set(counting.tolist()), default=whole[-1])
+    reference = max(set(whole) & set(counting.tolist()), default=whole[-1] if whole else None)
     others = [i for i in counting.tolist() if i != reference]
     return _Run(
         outputs,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 METADATA_KEY = "posthoc_ema"
 """One key with sorted JSON: safetensors writes several keys in random order."""
 
+SUFFIX = ".safetensors"
 _HEADER_ALIGNMENT = 8
 
 

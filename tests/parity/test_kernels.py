@@ -74,10 +74,10 @@ def test_files_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str, count: 
     values = rng.normal(size=count) * 10.0 ** rng.uniform(-9, 4, size=count)
     values[rng.random(count) < 0.1] = 0
     values = values.astype(np.float16 if count % 2 else np.float32).astype(np.float32)
-    predicted = None if count == 64 else rng.normal(size=count).astype(np.float32)
+    predicted = None if count == 64 else rng.normal(size=count)
 
     def written() -> tuple[bytes, float, bytes]:
-        decoded = np.empty(count, np.float32)
+        decoded = np.empty(count)
         stored, square = encode(values, dtype, predicted, decoded)
         return stored.tobytes(), square, decoded.tobytes()
 
@@ -91,12 +91,12 @@ def test_files_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str, count: 
 def test_rounding_is_told(loops: str, dtype: str) -> None:
     """The sum of squares is that of what a reader finds, the prediction included."""
     rng = np.random.default_rng(1)
-    values, predicted = rng.normal(size=(2, 3001)).astype(np.float32)
-    decoded = np.empty_like(values)
+    values, predicted = rng.normal(size=3001).astype(np.float32), rng.normal(size=3001)
+    decoded = np.empty(3001)
     stored, square = encode(values, dtype, predicted, decoded)
     assert stored.size == stored_size(dtype, 3001)
-    expected = float(np.sum((decoded - values).astype(np.float64) ** 2))
-    # Rounding of the sums `predicted + rest` themselves: 2e-7² for each of 3001.
+    expected = float(np.sum((decoded - values) ** 2))
+    # What remains is a float32 before it is rounded: 2e-7² for each of 3001.
     assert square == pytest.approx(expected, rel=1e-3, abs=3e-10)
 
 
@@ -113,7 +113,7 @@ def test_combinations(loops: str, dtype: str, count: int, targets: int, files: i
         decode_into(rows[-1], dtype, row)
     base = None if dtype in BLOCKS else rng.normal(size=count).astype(kind)
     coefficients = rng.normal(size=(targets, files)).astype(kind)
-    before = rng.normal(size=(targets, count + 3)).astype(kind)
+    before = rng.normal(size=(targets, count + 3))
     found = before.copy()
     combine(rows, dtype, base, coefficients, found[:, :count])  # rows apart in memory
     differences = decoded.astype(np.longdouble) - (0 if base is None else base)
