@@ -42,13 +42,8 @@ UNSTORED = tuple(s for s in TARGETS if s not in TRACKS)
 LOSS_TIMES = 16
 LOSS_TARGETS = (0.02, 0.075, 0.13, 0.25)
 # What kriging must gain over the paper's solve on float16 files, in geometric mean.
-GAIN_BARS = {"float16": 2.5, "delta16": 12.0, "delta8": 6.0, "delta6": 4.0, "delta4": 4.0}
-BYTES_BARS = {
-    "delta16": 4.0,
-    "delta8": 2.0,
-    "delta6": 1.6,
-    "delta4": 1.5,
-}  # for a weight and time, two tracks
+GAIN_BARS = {"float16": 2.5, "delta16": 12.0, "delta8": 6.0, "delta4": 4.0}
+BYTES_BARS = {"delta16": 4.0, "delta8": 2.0, "delta4": 1.5}  # for a weight and time, two tracks
 WORST_GAIN_BAR = 0.99
 COARSE = "bfloat16"  # its eight bits lose what no solver brings back
 

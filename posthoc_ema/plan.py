@@ -22,11 +22,11 @@ _TARGETS = 24
 # deltas, where snapshots differ by a twentieth of that), and bytes of one weight.
 _ROUNDING = {
     "float32": 2.0**-50, "float16": 4e-8, "bfloat16": 2.6e-6,
-    "delta16": 1e-11, "delta8": 2e-7, "delta6": 3e-6,
+    "delta16": 1e-11, "delta8": 2e-7, "delta6": 3e-6, "delta4": 5e-5,
 }  # fmt: skip
 _BYTES = {
     "float32": 4.0, "float16": 2.0, "bfloat16": 2.0,
-    "delta16": 2.0, "delta8": 1.0, "delta6": 0.75,
+    "delta16": 2.0, "delta8": 1.0, "delta6": 0.75, "delta4": 0.65,
 }  # fmt: skip
 
 

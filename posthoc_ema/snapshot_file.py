@@ -155,6 +155,11 @@ class Snapshot:
         """What it refines: the same average, coarser."""
         return self.inputs[0][1] if self.refines and self.inputs else None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that hold it, but for what it was predicted from."""
+        return (self.path,) if self.base is None else (self.base.path, self.path)
+
     @classmethod
     def open(cls, path: str | Path) -> Snapshot:
         """Read and check everything but the weights.

@@ -72,8 +72,8 @@ def prune(
         echo_json(
             {
                 "deleted": yes,
-                "delete": [s.path.name for s in doomed],
-                "keep": [s.path.name for s in kept],
+                "delete": [path.name for s in doomed for path in s.files],
+                "keep": [path.name for s in kept for path in s.files],
                 "bytes_freed": found.bytes_freed,
                 "bytes_kept": sum(s.nbytes for s in kept),
                 "errors": [{"sigma_rel": s, "before": b, "after": a} for s, b, a in errors],

@@ -102,6 +102,7 @@ def test_of_differences(tmp_path: Path) -> None:
     assert (said["bytes_freed"], said["bytes_kept"]) == (before - left, left)
     assert files_of(folder) == sorted(said["keep"])
     assert len(SnapshotStore(folder).verify()) == 8
+    assert len(files_of(folder)) == 10, "the last time of each track is refined"
 
 
 def test_max_error(run: Path) -> None:
