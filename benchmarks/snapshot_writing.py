@@ -1,7 +1,8 @@
 """How long does writing one snapshot take, and what memory, beside plain ways to save tensors?
 
 Every contender makes its file durable (fsync), as a snapshot is. The floor is writing as many
-bytes from memory, in pieces of 1 MiB.
+bytes from memory, in pieces of 1 MiB. Then all encodings of this library side by side: two tracks
+at one time of a moving model, so that the delta encodings predict from what they wrote before.
 
     python -m benchmarks.snapshot_writing [--dir FOLDER] [--quick]
 """
@@ -22,8 +23,10 @@ import torch
 
 from benchmarks import harness
 from posthoc_ema import EMA
+from posthoc_ema.encoding import ENCODINGS
 
-ENCODINGS = ("float32", "float16", "bfloat16")
+PLAIN = ("float32", "float16", "bfloat16")
+REFERENCE = "float16"
 FLOOR, OURS = "floor: the same bytes", "posthoc_ema"
 
 
@@ -127,6 +130,57 @@ def report(encoding: str, results: dict[str, dict[str, Any]]) -> str:
     return f"\n{encoding}: one file of {size:.0f} MB\n\n{harness.table(head, rows)}"
 
 
+@torch.no_grad()
+def measure_encodings(
+    model: torch.nn.Module, folder: Path, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """A snapshot of two tracks in each encoding, in turns, at as many times as there are rounds."""
+    trackers = {
+        encoding: EMA((0.05, 0.10), snapshots=folder / encoding, encoding=encoding)
+        for encoding in ENCODINGS
+    }
+    seconds: dict[str, list[float]] = {encoding: [] for encoding in trackers}
+    for round in range(rounds + 2):
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.002)
+        for ema in trackers.values():
+            ema.update(model, t=1000 * (round + 10))
+        calls = {encoding: ema.snapshot for encoding, ema in trackers.items()}
+        for encoding, took in harness.interleave(calls, 1, seed=round).items():
+            if round >= 2:  # the first are stored whole, or predicted from less
+                seconds[encoding] += took
+    size = {
+        encoding: sum(path.stat().st_size for path in (folder / encoding).glob("*.safetensors"))
+        for encoding in trackers
+    }
+    return {
+        encoding: {
+            "seconds": took,
+            "times_reference": harness.ratio(took, seconds[REFERENCE]),
+            "bytes": size[encoding] / (rounds + 2) / sum(p.numel() for p in model.parameters()),
+        }
+        for encoding, took in seconds.items()
+    }
+
+
+def report_encodings(results: dict[str, dict[str, Any]], bars: bool) -> str:
+    rows = [
+        [
+            encoding,
+            f"{statistics.median(r['seconds']):.2f}",
+            f"{r['times_reference']:.2f}",
+            f"{r['bytes']:.2f}",
+        ]
+        for encoding, r in results.items()
+    ]
+    head = ["encoding", "s", f"× {REFERENCE}", "bytes a weight and time"]
+    lines = ["\nTwo tracks at one time\n", harness.table(head, rows)]
+    if bars:
+        slowest = max(r["times_reference"] for r in results.values())
+        lines.append(harness.bar(f"slowest encoding × {REFERENCE}", slowest, 3))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dir", type=Path, help="where to write (default: a temporary folder)")
@@ -140,10 +194,13 @@ def main() -> None:
     model = make_model(60_000 if arguments.quick else 50_000_000, 6 if arguments.quick else 300)
     rounds = 1 if arguments.quick else arguments.rounds
     record = {}
-    for encoding in ENCODINGS:
+    for encoding in PLAIN:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
             record[encoding] = measure(model, encoding, Path(folder), rounds)
         print(report(encoding, record[encoding]), flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+        record["encodings"] = measure_encodings(model, Path(folder), rounds)
+    print(report_encodings(record["encodings"], bars=not arguments.quick))
     if not arguments.quick:
         settings = {"rounds": rounds, "threads": arguments.threads, "seed": 0}
         print(f"\nraw numbers: {harness.save('snapshot_writing', settings, started, record)}")

@@ -98,12 +98,12 @@ EXPORT void decode(int type, const uint8_t *stored, int64_t count, float *out) {
   BEST(decode)(type, stored, count, out);
 }
 
-/* Floats, less what was predicted (unless NULL), to stored numbers, rounded to the nearest.
-   decoded (unless NULL) receives them as a reader finds them, the prediction added.
+/* Floats, less what was predicted, sum_i factors[i] rows[i], to stored numbers, rounded to the
+   nearest. decoded (unless NULL) receives them as a reader finds them, the prediction added.
    Returns the sum of squared rounding errors. */
-EXPORT double encode(int type, const float *values, const double *predicted, int64_t count,
-                     uint8_t *stored, double *decoded) {
-  return BEST(encode)(type, values, predicted, count, stored, decoded);
+EXPORT double encode(int type, const float *values, int64_t number, const double *const *rows,
+                     const double *factors, int64_t count, uint8_t *stored, double *decoded) {
+  return BEST(encode)(type, values, number, rows, factors, count, stored, decoded);
 }
 
 /* Sum of squares and largest magnitude. */

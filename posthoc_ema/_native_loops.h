@@ -189,15 +189,21 @@ static void WITH(encode_bfloats)(const float *values, int64_t count, uint8_t *st
   }
 }
 
-static double WITH(encode)(int type, const float *values, const double *predicted, int64_t count,
+static double WITH(encode)(int type, const float *values, int64_t number,
+                           const double *const *rows, const double *factors, int64_t count,
                            uint8_t *stored, double *decoded) {
-  double square = 0;
+  double square = 0, predicted[TILE];
   float rest[TILE], found[TILE];
   for (int64_t start = 0; start < count; start += TILE) {
     int64_t n = count - start < TILE ? count - start : TILE, filled = n;
     uint8_t *bytes = stored + byte_of(type, start);
-    for (int64_t e = 0; e < n; e++)
-      rest[e] = predicted ? (float)(values[start + e] - predicted[start + e]) : values[start + e];
+    memset(predicted, 0, sizeof predicted);
+    for (int64_t i = 0; i < number; i++) {
+      const double *row = rows[i] + start;
+      double factor = factors[i];
+      for (int64_t e = 0; e < n; e++) predicted[e] += factor * row[e];
+    }
+    for (int64_t e = 0; e < n; e++) rest[e] = (float)(values[start + e] - predicted[e]);
     if (type >= QUANTISED) {
       int bits = type - QUANTISED;
       while (filled % BLOCK) rest[filled++] = 0;
@@ -222,8 +228,7 @@ static double WITH(encode)(int type, const float *values, const double *predicte
       for (int j = 0; j < LANES; j++) square += sums[j];
     }
     if (decoded)
-      for (int64_t e = 0; e < n; e++)
-        decoded[start + e] = predicted ? found[e] + predicted[start + e] : found[e];
+      for (int64_t e = 0; e < n; e++) decoded[start + e] = found[e] + predicted[e];
   }
   return square;
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,9 @@ from posthoc_ema.blocks import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+Terms = Sequence[tuple[float, "NDArray[np.float64]"]]
+"""A sum of rows of numbers, each with a factor."""
 
 ITEM_SIZE: dict[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -157,7 +160,7 @@ def refining_dtype(error: float, rms: float) -> str:
 def encode(
     values: NDArray[Any],
     dtype: str,
-    predicted: NDArray[np.float64] | None = None,
+    prediction: Terms = (),
     decoded: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.uint8], float]:
     """Round finite values, or what remains of them after a prediction, to the stored type.
@@ -165,7 +168,7 @@ def encode(
     Args:
         values: ``[n]`` float32 or float64, contiguous.
         dtype: Stored type: F64, F32, F16, BF16, or a block type.
-        predicted: ``[n]`` to be subtracted first.
+        prediction: What is subtracted first, as (factor, ``[n]`` float64) to be summed.
         decoded: ``[n]``, overwritten: what a reader will find, the prediction added.
 
     Returns:
@@ -173,12 +176,16 @@ def encode(
     """
     library = native.library()
     if library is None or values.dtype != np.float32 or dtype not in native.TYPES:
-        return _encode(values, dtype, predicted, decoded)
+        return _encode(values, dtype, prediction, decoded)
     stored = np.empty(stored_size(dtype, len(values)), np.uint8)
+    factors = np.array([factor for factor, _ in prediction])
+    rows = native.addresses([row for _, row in prediction])
     square = library.encode(
         native.TYPES[dtype],
         native.address(values),
-        None if predicted is None else native.address(predicted),
+        len(rows),
+        native.address(rows),
+        native.address(factors),
         len(values),
         native.address(stored),
         None if decoded is None else native.address(decoded),
@@ -189,11 +196,12 @@ def encode(
 def _encode(
     values: NDArray[Any],
     dtype: str,
-    predicted: NDArray[np.float64] | None,
+    prediction: Terms,
     decoded: NDArray[np.float64] | None,
 ) -> tuple[NDArray[np.uint8], float]:
     """The same in numpy."""
-    rest = values if predicted is None else (values - predicted).astype(values.dtype)
+    predicted = summed(prediction, len(values))
+    rest = (values - predicted).astype(values.dtype) if prediction else values
     if dtype in _BLOCK_TYPES:
         blocks, square = encode_blocks(rest.astype(np.float32, copy=False), _BLOCK_TYPES[dtype])
         stored = blocks.reshape(-1)
@@ -205,9 +213,16 @@ def _encode(
             square = sum_of_squares(found - rest)
     if decoded is not None:
         decode_into(stored, dtype, decoded)
-        if predicted is not None:
-            decoded += predicted
+        decoded += predicted
     return stored, square
+
+
+def summed(terms: Terms, count: int) -> NDArray[np.float64]:
+    """Σ factor × row, ``[count]``."""
+    out = np.zeros(count)
+    for factor, row in terms:
+        out += factor * row
+    return out
 
 
 def _round(values: NDArray[Any], dtype: str) -> NDArray[Any]:

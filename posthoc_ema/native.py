@@ -55,7 +55,10 @@ def library() -> Any:
             [number, count, pointer, count, pointer, count, pointer, pointer, count],
         ),
         "decode": (None, [number, pointer, count, pointer]),
-        "encode": (ctypes.c_double, [number, pointer, pointer, count, pointer, pointer]),
+        "encode": (
+            ctypes.c_double,
+            [number, pointer, count, pointer, pointer, count, pointer, pointer],
+        ),
         "measure": (None, [pointer, count, pointer, pointer]),
         "lerp": (
             None,

@@ -20,7 +20,7 @@ from posthoc_ema.movement import Movement
 from posthoc_ema.profiles import Profile
 from posthoc_ema.sinks import MemorySink
 from posthoc_ema.snapshot_file import AverageSource, CopySource, RunIdentity, Snapshot
-from posthoc_ema.snapshot_writing import Prediction, write_snapshot
+from posthoc_ema.snapshot_writing import Prediction, magnitudes, write_snapshot
 from posthoc_ema.solve import solve
 from posthoc_ema.streaming import Group, stream
 from posthoc_ema.tensorfile import SUFFIX
@@ -70,7 +70,7 @@ def predict(
         )
     )
     coefficients = _coefficients(inputs, t, profile)
-    terms: list[tuple[float, Mapping[str, NDArray[Any]]]]
+    terms: list[tuple[float, Mapping[str, NDArray[np.float64]]]]
     if inputs[0].digests["header"] in decoded:
         terms = [
             (float(x), decoded[s.digests["header"]])
@@ -85,7 +85,8 @@ def predict(
         except (PosthocEMAError, OSError) as error:
             warnings.warn(f"a snapshot is stored whole, for {error}", stacklevel=2)
             return None
-        terms = [(1.0, {name: values.reshape(-1) for name, values in sink.arrays[0].items()})]
+        arrays = {n: v.reshape(-1).astype(np.float64) for n, v in sink.arrays[0].items()}
+        terms = [(1.0, arrays)]
     return Prediction(
         list(zip(coefficients.tolist(), inputs, strict=True)),
         all(s.t < t for s in inputs),
@@ -157,7 +158,8 @@ def write_predicted(
     if not storage.residuals:
         write_snapshot(path, **common)
         return
-    decoded: dict[str, NDArray[Any]] = {}
+    common["sizes"] = magnitudes(path, averages)
+    decoded: dict[str, NDArray[np.float64]] = {}
     chain = [s for s in earlier if not s.refines]
     prediction = predict(chain, t, profile, averages, memory.arrays)
     write_snapshot(path, prediction=prediction, decoded=decoded, **common)

@@ -17,6 +17,7 @@ from posthoc_ema.blocks import BLOCK
 from posthoc_ema.encoding import (
     ENCODINGS,
     Digest,
+    Terms,
     alignment,
     block_bits,
     check_encoding,
@@ -24,7 +25,7 @@ from posthoc_ema.encoding import (
     measure,
     refining_dtype,
     stored_dtype,
-    sum_of_squares,
+    summed,
 )
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.profiles import Profile
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 _NO_DIGEST = "0" * 32
 _PIECE = 1 << 18  # elements encoded at once, whole blocks
-_TILE = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +60,12 @@ class Prediction:
 
     inputs: Sequence[tuple[float, Snapshot]]
     first: bool
-    terms: Sequence[tuple[float, Mapping[str, NDArray[Any]]]]
+    terms: Sequence[tuple[float, Mapping[str, NDArray[np.float64]]]]
     names: frozenset[str]
 
-    def at(self, name: str, start: int, stop: int) -> NDArray[np.float64]:
-        """Elements of one tensor."""
-        out = np.zeros(stop - start)
-        for left in range(0, stop - start, _TILE):  # what stays in the cache
-            right = min(left + _TILE, stop - start)
-            for factor, arrays in self.terms:
-                out[left:right] += factor * arrays[name][start + left : start + right]
-        return out
+    def at(self, name: str, start: int, stop: int) -> Terms:
+        """Elements of one tensor, as what they are the sum of."""
+        return [(factor, arrays[name][start:stop]) for factor, arrays in self.terms]
 
 
 def write_snapshot(
@@ -86,7 +81,8 @@ def write_snapshot(
     refines: bool = False,
     rounded_before: float = 0.0,
     rewrites: int = 0,
-    decoded: dict[str, NDArray[Any]] | None = None,
+    decoded: dict[str, NDArray[np.float64]] | None = None,
+    sizes: Mapping[str, Magnitude] | None = None,
 ) -> None:
     """Write one file, in two passes over the averages and without a copy of them.
 
@@ -107,13 +103,18 @@ def write_snapshot(
         rewrites: How often this snapshot was written before.
         decoded: If given, receives the averages as the file holds them, flat, by name, float64:
             what is predicted from them adds up their rounding.
+        sizes: From :func:`magnitudes`, if they are known.
 
     Raises:
         NonFiniteError: If an average holds NaN or infinity.
         OSError: If the file cannot be written.
     """
     check_encoding(encoding)
-    entries, size = _plan_file(path, averages, copies, encoding, prediction, refines)
+    sizes = magnitudes(path, averages) if sizes is None else sizes
+    count = sum(size.count for size in sizes.values())
+    square = sum(size.square for size in sizes.values()) / max(count, 1)
+    statistics = {"count": count, "mean_square": square}
+    entries = _lay_out(averages, copies, encoding, prediction, refines, sizes)
     blocks = {e.name: list(e.shape) for e in entries if block_bits(e.dtype) is not None}
     inputs = prediction.inputs if prediction and blocks else ()
     identity = {
@@ -135,13 +136,13 @@ def write_snapshot(
     }
     empty = {"averages": _NO_DIGEST, "copies": _NO_DIGEST, "header": _NO_DIGEST}
     # The digits of a float vary in number: reserve the longest.
-    longest = {**size, "rounding_square": -1.2345678901234567e-300}
+    longest = {**statistics, "rounding_square": -1.2345678901234567e-300}
     sources = {source.name: source for source in averages}
     copied = {source.name: source for source in copies}
-    sizes = {"averages": 0, "copies": 0}
+    lengths = {"averages": 0, "copies": 0}
     for entry in entries:
-        sizes["copies" if entry.name in copied else "averages"] += entry.nbytes
-    digests = {part: Digest(size) for part, size in sizes.items()}
+        lengths["copies" if entry.name in copied else "averages"] += entry.nbytes
+    digests = {part: Digest(size) for part, size in lengths.items()}
     rounding = 0.0
     with (
         Workers() as pool,
@@ -163,8 +164,8 @@ def write_snapshot(
         metadata = {
             **identity,
             "statistics": {
-                **size,
-                "rounding_square": rounded_before + rounding / max(size["count"], 1),
+                **statistics,
+                "rounding_square": rounded_before + rounding / max(count, 1),
             },
             "digest": digest,
         }
@@ -172,30 +173,41 @@ def write_snapshot(
         writer.commit(metadata)
 
 
-def _plan_file(
-    path: Path,
-    averages: Sequence[AverageSource],
-    copies: Sequence[CopySource],
-    encoding: str,
-    prediction: Prediction | None,
-    refines: bool,
-) -> tuple[list[TensorEntry], dict[str, float]]:
-    """First pass over the values: are they finite, how large, and so in what type stored."""
-    entries, total, count = [], 0.0, 0
+@dataclass(frozen=True)
+class Magnitude:
+    """How large the values of one tensor are.
+
+    Attributes:
+        count: Their number.
+        square: Sum of their squares.
+        largest: Largest magnitude.
+    """
+
+    count: int
+    square: float
+    largest: float
+
+    @property
+    def rms(self) -> float:
+        """Root mean square."""
+        return (self.square / max(self.count, 1)) ** 0.5
+
+
+def magnitudes(path: Path, averages: Sequence[AverageSource]) -> dict[str, Magnitude]:
+    """First pass over the values: are they finite, and how large.
+
+    Raises:
+        NonFiniteError: If an average holds NaN or infinity; ``path`` is what is not written.
+    """
+    found = {}
     for source in averages:
-        square, largest, size, finite, remaining = 0.0, 0.0, 0, True, 0.0
-        predicted = prediction if prediction and source.name in prediction.names else None
+        square, largest, count, finite = 0.0, 0.0, 0, True
         for chunk in source.chunks():
-            if predicted is not None:
-                # A part of each chunk tells as well which of the two is larger.
-                part = chunk[: max(len(chunk) // 16, BLOCK)]
-                rest = part - predicted.at(source.name, size, size + len(part))
-                remaining += sum_of_squares(rest) * len(chunk) / max(len(part), 1)
             chunk_square, chunk_largest = measure(chunk)
             square, largest = square + chunk_square, max(largest, chunk_largest)
             # A finite sum of squares proves it at no cost; float64 can overflow all the same.
             finite &= bool(np.isfinite(square)) or bool(np.isfinite(chunk).all())
-            size += len(chunk)
+            count += len(chunk)
         if not finite:
             raise NonFiniteError(
                 f"the average of {source.name!r} holds NaN or infinity, so {path} was not "
@@ -203,22 +215,49 @@ def _plan_file(
                 'EMA(nonfinite="skip") leaves such steps out of the averages'
             )
         square = min(square, float(np.finfo(np.float64).max))
-        rms = (square / max(size, 1)) ** 0.5
-        dtype = stored_dtype(encoding, source.kept, size, largest, rms)
-        residuals = ENCODINGS[encoding].residuals
-        if predicted is not None and residuals and size >= BLOCK:
+        found[source.name] = Magnitude(count, square, largest)
+    return found
+
+
+def _lay_out(
+    averages: Sequence[AverageSource],
+    copies: Sequence[CopySource],
+    encoding: str,
+    prediction: Prediction | None,
+    refines: bool,
+    sizes: Mapping[str, Magnitude],
+) -> list[TensorEntry]:
+    """In what type each tensor is stored, and in which order."""
+    entries = []
+    residuals = ENCODINGS[encoding].residuals
+    for source in averages:
+        size = sizes[source.name]
+        dtype = stored_dtype(encoding, source.kept, size.count, size.largest, size.rms)
+        predicted = prediction is not None and source.name in prediction.names
+        if prediction is not None and predicted and residuals and size.count >= BLOCK:
+            rest = _remaining(source, prediction)
             if refines:
-                dtype = refining_dtype((remaining / size) ** 0.5, rms)
-            elif remaining < square / 4 or block_bits(dtype) is not None:
-                dtype = residuals[not predicted.first]
+                dtype = refining_dtype(rest, size.rms)
+            elif rest < size.rms / 2 or block_bits(dtype) is not None:
+                dtype = residuals[not prediction.first]
         elif refines or (prediction is not None and block_bits(dtype) is not None):
             dtype = source.kept  # small; or blocks would be read as residuals
         entries.append(TensorEntry(source.name, dtype, source.shape))
-        total, count = total + square, count + size
     entries += [TensorEntry(source.name, source.dtype, source.shape) for source in copies]
     # Larger elements first, so that every tensor is aligned to its own type.
     entries.sort(key=lambda entry: -alignment(entry.dtype))
-    return entries, {"count": count, "mean_square": total / max(count, 1)}
+    return entries
+
+
+def _remaining(source: AverageSource, prediction: Prediction) -> float:
+    """RMS of what a prediction leaves of a tensor, judged from a part of each chunk."""
+    square, looked_at, place = 0.0, 0, 0
+    for chunk in source.chunks():
+        part = chunk[: max(len(chunk) // 16, BLOCK)]
+        terms = prediction.at(source.name, place, place + len(part))
+        square += measure((part - summed(terms, len(part))).astype(np.float32))[0]
+        looked_at, place = looked_at + len(part), place + len(chunk)
+    return (square / looked_at) ** 0.5
 
 
 def _encode(
@@ -230,7 +269,7 @@ def _encode(
     """Bytes of one piece of a tensor, and its sum of squared rounding errors."""
     start, values = piece
     stop = start + len(values)
-    predicted = None
+    predicted: Terms = ()
     if block_bits(entry.dtype) is not None and prediction is not None:
         predicted = prediction.at(entry.name, start, stop)
     part = None if decoded is None else decoded[start:stop]

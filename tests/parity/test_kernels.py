@@ -74,11 +74,11 @@ def test_files_are_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str, count: 
     values = rng.normal(size=count) * 10.0 ** rng.uniform(-9, 4, size=count)
     values[rng.random(count) < 0.1] = 0
     values = values.astype(np.float16 if count % 2 else np.float32).astype(np.float32)
-    predicted = None if count == 64 else rng.normal(size=count)
+    terms = [] if count == 64 else [(f, rng.normal(size=count)) for f in (1.5, -0.5)]
 
     def written() -> tuple[bytes, float, bytes]:
         decoded = np.empty(count)
-        stored, square = encode(values, dtype, predicted, decoded)
+        stored, square = encode(values, dtype, terms, decoded)
         return stored.tobytes(), square, decoded.tobytes()
 
     (plain, square, decoded), (compiled, square_2, decoded_2) = in_both(monkeypatch, written)
@@ -93,7 +93,7 @@ def test_rounding_is_told(loops: str, dtype: str) -> None:
     rng = np.random.default_rng(1)
     values, predicted = rng.normal(size=3001).astype(np.float32), rng.normal(size=3001)
     decoded = np.empty(3001)
-    stored, square = encode(values, dtype, predicted, decoded)
+    stored, square = encode(values, dtype, [(1.0, predicted)], decoded)
     assert stored.size == stored_size(dtype, 3001)
     expected = float(np.sum((decoded - values) ** 2))
     # What remains is a float32 before it is rounded: 2e-7² for each of 3001.
