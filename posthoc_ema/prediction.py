@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 WHOLE_EVERY = 16
 """Times from one whole snapshot to the next."""
 
-INPUTS = 6
-"""Snapshots that a prediction takes in; more say no more."""
+INPUTS = 4
+"""Snapshots that a prediction takes in: those of two times; more say little more."""
 
 MEMORY_BYTES = 2 << 30
 """Of decoded snapshots held for the next prediction."""
@@ -103,10 +103,15 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.arrays: dict[str, Mapping[str, NDArray[Any]]] = {}
+        self.arrays: dict[str, dict[str, NDArray[np.float64]]] = {}
         self._times: dict[str, float] = {}
+        self._spare: list[dict[str, NDArray[np.float64]]] = []
 
-    def add(self, snapshot: Snapshot, decoded: Mapping[str, NDArray[Any]]) -> None:
+    def room(self) -> dict[str, NDArray[np.float64]]:
+        """For the next one: arrays to overwrite. New memory costs more than all work on it."""
+        return self._spare.pop() if self._spare else {}
+
+    def add(self, snapshot: Snapshot, decoded: dict[str, NDArray[np.float64]]) -> None:
         """Remember one more."""
         key = snapshot.digests["header"]
         self.arrays[key], self._times[key] = decoded, snapshot.t
@@ -114,7 +119,8 @@ class Memory:
             oldest = next(iter(self.arrays))
             if self._times[oldest] == snapshot.t:
                 break
-            del self.arrays[oldest], self._times[oldest]
+            self._spare = [self.arrays.pop(oldest)]
+            del self._times[oldest]
 
     def clear(self) -> None:
         """Forget all: files were replaced."""
@@ -159,7 +165,7 @@ def write_predicted(
         write_snapshot(path, **common)
         return
     common["sizes"] = magnitudes(path, averages)
-    decoded: dict[str, NDArray[np.float64]] = {}
+    decoded = memory.room()
     chain = [s for s in earlier if not s.refines]
     prediction = predict(chain, t, profile, averages, memory.arrays)
     write_snapshot(path, prediction=prediction, decoded=decoded, **common)

@@ -156,7 +156,9 @@ def write_snapshot(
                 writer.write(copied[entry.name].data)
                 continue
             task = partial(_encode, entry, prediction, _room(entry, decoded))
-            for stored, square in pool.in_order(task, _pieces(sources[entry.name].chunks())):
+            for stored, square in pool.in_order(
+                task, _pieces(sources[entry.name].chunks(), entry.count)
+            ):
                 digests["averages"].update(stored)
                 writer.write(stored)
                 rounding += square
@@ -279,19 +281,20 @@ def _encode(
 def _room(entry: TensorEntry, decoded: dict[str, NDArray[Any]] | None) -> NDArray[Any] | None:
     if decoded is None:
         return None
-    return decoded.setdefault(entry.name, np.empty(entry.count))
+    if entry.name not in decoded:
+        decoded[entry.name] = np.empty(entry.count)
+    return decoded[entry.name]
 
 
-def _pieces(chunks: Iterable[NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Cut or join chunks to pieces of whole blocks, each with its first element."""
+def _pieces(chunks: Iterable[NDArray[Any]], count: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Cut or join chunks to pieces of whole blocks, but the last, each with its first element."""
     done, rest = 0, None
     for chunk in chunks:
         values = chunk if rest is None else np.concatenate([rest, chunk])
-        whole = len(values) // BLOCK * BLOCK
+        last = done + len(values) == count
+        whole = len(values) if last else len(values) // BLOCK * BLOCK
         for start in range(0, whole, _PIECE):
             piece = values[start : min(start + _PIECE, whole)]
             yield done, piece
             done += len(piece)
         rest = values[whole:] if whole < len(values) else None
-    if rest is not None:
-        yield done, rest
