@@ -7,12 +7,15 @@ in a direction that is slowly forgotten:
 
     E[dθ(τ) dθ(τ')] = (r(τ) δ(τ - τ') + α √(r(τ) r(τ')) exp(-|τ - τ'| / T)) dτ dτ'
 
-with T the length of training. Differences of snapshots are linear in dθ, so r and α give their
-covariance Σ, storage rounding included. What was measured on a sample of weights is the matrix S
-of their mean products, and the estimate minimises log det Σ + tr(Σ⁻¹ S): the likelihood of
-Gaussian increments (restricted maximum likelihood, as constants drop out of differences). Unlike
-a fit to distances it weighs small combinations of snapshots as much as large ones, and errors of
-reconstructions are such combinations.
+with T the length of training. Where weights fluctuate about their path faster than snapshots can
+tell, as those of a noisy equilibrium do, a third part is their white noise of density β r(τ), which
+densities of profiles meet, not cumulative profiles: the metric of the paper. Differences of
+snapshots are linear in dθ, so r, α and β give their covariance Σ, storage rounding included. What
+was measured on a sample of weights is the matrix S of their mean products, and the estimate
+minimises log det Σ + tr(Σ⁻¹ S): the likelihood of Gaussian increments (restricted maximum
+likelihood, as constants drop out of differences). Unlike a fit to distances it weighs small
+combinations of snapshots as much as large ones, and errors of reconstructions are such
+combinations.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ _LATE_TIMES = 16  # of these, the last ones without gaps
 _FEW = 1000  # weights below which S is itself uncertain
 _LEAST_RATE = 1e-12  # of the largest one
 _STEPS_OF_DRIFT = 512  # its direction changes in so many steps over training
+_JITTER = 1e-4  # what a search for it begins with
+_TELLING = 0.02  # gain in likelihood for each difference that makes jitter real
 _LIMIT = 1e-13  # of the diagonal of Σ: what double precision leaves of it
 
 
@@ -54,11 +59,14 @@ class Movement:
         rate: ``[K]`` mean squared increment of one weight per unit of t, >= 0.
         drift: α times the last edge, >= 0: about the variance that drift adds over all of
             training, relative to that of the noise.
+        jitter: β over the square of the last edge, >= 0: weights that fluctuate about their path
+            faster than snapshots can tell.
     """
 
     edges: NDArray[np.float64]
     rate: NDArray[np.float64]
     drift: float = 0.0
+    jitter: float = 0.0
 
     @classmethod
     def constant(cls, t: float, rate: float = 1.0) -> Movement:
@@ -95,21 +103,31 @@ class Movement:
             ``[m, k]``, more with drift; their Gram matrix ``[k, k]`` is what is meant.
         """
         rows = np.sqrt(weights)[:, None] * functions
+        rate, parts = self.rate_at(nodes), [rows]
+        if self.jitter:
+            parts.append(self.jitter**0.5 * self.edges[-1] * _slopes(nodes, rate, functions))
         if not self.drift:
-            return rows
-        rate = self.rate_at(nodes)
+            return np.concatenate(parts)
         mass = np.divide(weights, np.sqrt(rate), out=np.zeros_like(rate), where=rate > 0)
         end = float(self.edges[-1])
         # Drift is slow: what it does within a small step needs no rows of its own.
         step = np.floor(nodes / end * _STEPS_OF_DRIFT)
         starts = np.flatnonzero(np.diff(step, prepend=-1.0))
-        parts = np.add.reduceat(mass[:, None] * functions, starts)
-        steady = _factor_of_memory(step[starts] / _STEPS_OF_DRIFT, parts)
-        return np.concatenate([rows, (self.drift / end) ** 0.5 * steady])
+        slow = np.add.reduceat(mass[:, None] * functions, starts)
+        steady = _factor_of_memory(step[starts] / _STEPS_OF_DRIFT, slow)
+        return np.concatenate([*parts, (self.drift / end) ** 0.5 * steady])
 
     def rate_at(self, tau: NDArray[np.float64]) -> NDArray[np.float64]:
         """r(τ)."""
         return self.rate[_interval(self.edges, tau)]
+
+
+def _slopes(
+    nodes: NDArray[np.float64], rate: NDArray[np.float64], functions: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Rows whose products are ∫ r f' g' dτ, from differences between neighbouring nodes."""
+    mean = (rate[1:] + rate[:-1]) / 2
+    return np.sqrt(mean / np.diff(nodes))[:, None] * np.diff(functions, axis=0)
 
 
 def _interval(edges: NDArray[np.float64], tau: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -170,12 +188,17 @@ def fit_movement(
 
     of_unit_rate = mass @ model.rows**2
     level = np.mean(np.log(measured[usable] / of_unit_rate[usable]))
-    penalty = SMOOTHNESS * max(1.0, _FEW / weights)
-    start = np.concatenate([np.full(len(edges) - 1, level), [0.0]])
-    fitted = _minimise(model, products, start, *_smoothness(edges, float(inputs[0][0]), penalty))
-    rate = np.exp(fitted[:-1])
+    penalty = _smoothness(edges, float(inputs[0][0]), SMOOTHNESS * max(1.0, _FEW / weights))
+    start = np.concatenate([np.full(len(edges) - 1, level), [0.0, -np.inf]])
+    fitted, misfit = _minimise(model, products, start, *penalty)
+    # Real training shows no jitter; where there is some, it explains much.
+    start = np.append(fitted[:-1], np.log(_JITTER))
+    jittery, with_jitter = _minimise(model, products, start, *penalty)
+    if with_jitter < misfit - _TELLING * len(products):
+        fitted = jittery
+    rate, (drift, jitter) = np.exp(fitted[:-2]), np.exp(fitted[-2:]).tolist()
     # Where weights of some tensors rest, others may move: no coefficient there shall be free.
-    return Movement(edges, np.maximum(rate, _LEAST_RATE * rate.max()), float(np.exp(fitted[-1])))
+    return Movement(edges, np.maximum(rate, _LEAST_RATE * rate.max()), drift, jitter)
 
 
 def _grid(times: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -191,22 +214,22 @@ def _smoothness(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Matrix and right side of the penalty |R p - a|²."""
     k = len(edges) - 1
-    rough, aim = np.zeros((k, k + 1)), np.zeros(k)
-    rough[:-1, :-1] = np.diff(np.eye(k), axis=0)
+    rough, aim = np.zeros((k, k + 2)), np.zeros(k)
+    rough[:-1, :k] = np.diff(np.eye(k), axis=0)
     # Nothing tells the rate long before the first snapshot: go on with a part of the slope, over
     # log τ, that is seen where its averages begin to count, and rise a little towards 0.
     centres = np.sqrt(np.maximum(edges[:-1], edges[1] / 2) * edges[1:])
     distance = np.diff(np.log(centres))
     for i in np.flatnonzero(edges[1:-1] <= first / 2):
-        rough[i, :-1] -= _PERSISTENCE * rough[i + 1, :-1] * distance[i] / distance[i + 1]
+        rough[i, :k] -= _PERSISTENCE * rough[i + 1, :k] * distance[i] / distance[i + 1]
         aim[i] = (1 - _PERSISTENCE) * _START_SLOPE * distance[i]
     rough *= penalty**0.5
-    rough[-1, -1] = 0.03  # where there is no telling, a drift of one
+    rough[-1, k] = 0.03  # where there is no telling, a drift of one
     return rough, aim * penalty**0.5
 
 
 class _Model:
-    """Σ as a function of p = (log r_1 … log r_K, log drift), and its derivatives."""
+    """Σ as a function of p = (log r_1 … log r_K, log drift, log jitter), and its derivatives."""
 
     def __init__(
         self,
@@ -220,14 +243,21 @@ class _Model:
         self.interval = _interval(edges, nodes)
         self.starts = np.searchsorted(self.interval, np.arange(len(edges) - 1))
         self.tau, self.end = nodes / edges[-1], edges[-1]
+        # Differences lie between nodes, mostly of one interval.
+        slopes = _slopes(nodes, np.ones(len(nodes)), rows)
+        stops = [*self.starts[1:], len(nodes)]
+        self.jitter = self.end**2 * np.stack(
+            [slopes[a:b].T @ slopes[a:b] for a, b in zip(self.starts, stops, strict=True)]
+        )
         # Neighbouring differences share a snapshot, and its rounding.
         self.noise = np.diag(noise[1:] + noise[:-1])
         shared = np.arange(len(noise) - 2)
         self.noise[shared, shared + 1] = self.noise[shared + 1, shared] = -noise[1:-1]
 
     def covariance(self, p: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Σ ``[n-1, n-1]`` and its derivatives ``[K+1, n-1, n-1]``."""
-        rate, drift = np.exp(p[:-1])[self.interval], np.exp(p[-1]) / self.end
+        """Σ ``[n-1, n-1]`` and its derivatives ``[K+2, n-1, n-1]``."""
+        rates, (drift, jitter) = np.exp(p[:-2]), np.exp(p[-2:]) / [self.end, 1]
+        rate = rates[self.interval]
         noisy = np.sqrt(self.mass * rate)[:, None] * self.rows
         slow = (self.mass * np.sqrt(rate))[:, None] * self.rows
         fading = np.exp(-self.tau)[:, None]
@@ -239,8 +269,14 @@ class _Model:
         for k, part in enumerate(map(slice, self.starts, stops)):
             cross = slow[part].T @ spread[part]
             derivatives[k] = noisy[part].T @ noisy[part] + (drift / 2) * (cross + cross.T)
-        derivatives[-1] = drift * (slow.T @ spread)
-        return derivatives[:-1].sum(0) + self.noise, derivatives
+        derivatives[-2] = drift * (slow.T @ spread)
+        if jitter:
+            jittery = jitter * rates[:, None, None] * self.jitter
+            derivatives[:-2] += jittery
+            derivatives[-1] = jittery.sum(0)
+        else:
+            derivatives[-1] = 0
+        return derivatives[:-2].sum(0) + self.noise, derivatives
 
 
 def _minimise(
@@ -249,8 +285,8 @@ def _minimise(
     p: NDArray[np.float64],
     rough: NDArray[np.float64],
     aim: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Fisher scoring with damping, on log det Σ + tr(Σ⁻¹ S) + penalties."""
+) -> tuple[NDArray[np.float64], float]:
+    """Fisher scoring with damping, on log det Σ + tr(Σ⁻¹ S) + penalties; where, and how small."""
 
     def evaluate(
         p: NDArray[np.float64],
@@ -266,7 +302,7 @@ def _minimise(
         once = once.reshape(derivatives.shape).swapaxes(1, 2).reshape(-1, len(sigma))
         flat = (once @ whitening.T).reshape(len(p), -1)
         gradient = flat @ (np.eye(len(sigma)) - seen).ravel()
-        off = rough @ p - aim
+        off = rough[:, :-1] @ p[:-1] - aim  # of jitter nothing is known beforehand
         # Of one half: of a sum of squares the Gauss-Newton matrix.
         return (
             value + float(off @ off),
@@ -290,4 +326,4 @@ def _minimise(
         value, gradient, hessian = found
         if gain <= 1e-3:
             break
-    return p
+    return p, value
