@@ -8,15 +8,54 @@ decoding one after the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from posthoc_ema.encoding import block_bits
+from posthoc_ema.errors import MissingInputError
 from posthoc_ema.snapshot_file import Snapshot
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+def connected(
+    snapshots: Sequence[Snapshot],
+) -> tuple[list[Snapshot], list[MissingInputError]]:
+    """Snapshots with those that they were predicted from found, and an error where one is not."""
+    by_header = {snapshot.digests["header"]: snapshot for snapshot in snapshots}
+    done: dict[str, Snapshot] = {}
+    found: list[Snapshot] = []
+    broken: list[Snapshot] = []
+    waiting = sorted(snapshots, key=lambda s: s.t)
+    while waiting:
+        later = []
+        for snapshot in waiting:
+            if all(link.header in done for link in snapshot.links):
+                inputs = tuple((link.coefficient, done[link.header]) for link in snapshot.links)
+                refined = inputs[0][1].nbytes if snapshot.refines else 0
+                found.append(replace(snapshot, inputs=inputs, nbytes=snapshot.nbytes + refined))
+                done[snapshot.digests["header"]] = found[-1]
+            else:
+                later.append(snapshot)
+        if len(later) == len(waiting):
+            broken = later
+            break
+        waiting = later
+    problems = []
+    for snapshot in broken:
+        lost = next((link for link in snapshot.links if link.header not in by_header), None)
+        cause = f"{lost.name}, which is missing or was replaced" if lost else "another such file"
+        problems.append(
+            MissingInputError(
+                f"{snapshot.path} cannot be decoded: it is stored as its difference from a "
+                f"prediction that needs {cause}. Restore that file, or delete this one to go on "
+                "without it"
+            )
+        )
+    return found, problems
 
 
 def with_inputs(snapshots: Iterable[Snapshot]) -> list[Snapshot]:

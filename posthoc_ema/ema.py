@@ -46,9 +46,10 @@ class EMA:
             this run wrote, after newer ones are on disk.
         encoding: How snapshots are stored: ``"float32"`` (averages as they are kept),
             ``"float16"`` or ``"bfloat16"``; or as what cannot be predicted from earlier
-            snapshots: ``"delta16"`` (no more bytes than float16, nearly as exact as float32),
-            ``"delta8"`` (half of them), ``"delta6"``. Those hold up to 2 GB of the last
-            snapshots in memory, and need the files before them to be read.
+            snapshots: ``"delta16"`` (no more bytes than float16, about as exact as float32),
+            ``"delta8"`` (half of them), ``"delta6"``, ``"delta4"``. Those hold the last
+            snapshots in memory as float64 (both of the last time, of others up to 2 GB), and
+            need the files before them to be read.
         include: Track only tensors whose names match one of these shell-style patterns.
         exclude: Leave out tensors whose names match one of these.
         device: Where to keep averages (PyTorch only); by default with the weights. ``"cpu"``

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
+from posthoc_ema.chain import connected
 from posthoc_ema.errors import (
     ForeignSnapshotError,
-    MissingInputError,
     SnapshotError,
     SnapshotWriteError,
     StructureError,
 )
+from posthoc_ema.journal import JOURNAL, REWRITTEN, exchange, recover
 from posthoc_ema.prediction import Memory, refinement_path, write_predicted
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.reencode import dependants, write_again
@@ -27,10 +25,9 @@ from posthoc_ema.snapshot_file import (
     RunIdentity,
     Snapshot,
 )
-from posthoc_ema.tensorfile import SUFFIX, sync_directory, write_text_atomically
+from posthoc_ema.tensorfile import SUFFIX, sync_directory
 
 ABANDONED = "abandoned"
-_REWRITTEN, _JOURNAL = ".rewritten", ".rewritten.json"
 
 Snapshots = list[Snapshot]  # inside the class, ``list`` is its method
 
@@ -84,7 +81,7 @@ class SnapshotStore:
 
     def _everything(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
         """All files."""
-        if (self.path / _JOURNAL).exists():  # a deletion was killed half-way
+        if (self.path / JOURNAL).exists():  # a deletion was killed half-way
             with self._writing():
                 pass
         snapshots, problems = [], []
@@ -95,7 +92,7 @@ class SnapshotStore:
                 continue  # pruned, or set aside, since the folder was listed
             except SnapshotError as error:
                 problems.append(error)
-        found, broken = _with_inputs_found(snapshots)
+        found, broken = connected(snapshots)
         found.sort(key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0), s.path.name))
         return found, [*problems, *broken]
 
@@ -244,14 +241,15 @@ class SnapshotStore:
                 others = [s for s in kept if s.path not in rewritten]
                 new = self._write_again(again, others, progress)
             old = {s.path.name for s in again} - new
-            self._finish_deleting([*(path.name for path in going), *old], sorted(new))
+            self._memory.clear()
+            exchange(self.path, [*(path.name for path in going), *old], sorted(new))
         return before - self._bytes()
 
     def _write_again(
         self, again: Snapshots, others: Snapshots, progress: Callable[[int], object]
     ) -> set[str]:
         """New files beside the old ones, in a hidden folder; their names."""
-        folder = self.path / _REWRITTEN
+        folder = self.path / REWRITTEN
         folder.mkdir(exist_ok=True)
         new, memory = SnapshotStore(folder), Memory()
         refined = {s.base.path for s in again if s.base is not None}  # their averages are coarser
@@ -269,31 +267,6 @@ class SnapshotStore:
                 progress,
             )
         return {path.name for path in new._files()}
-
-    def _finish_deleting(self, going: Sequence[str], again: Sequence[str]) -> None:
-        """Exchange and delete, so that it can be finished after a kill."""
-        journal = self.path / _JOURNAL
-        self._memory.clear()
-        if again:
-            write_text_atomically(journal, json.dumps({"delete": going, "replace": again}))
-        for name in again:
-            source = self.path / _REWRITTEN / name
-            if source.exists():  # else it was exchanged before a kill
-                os.replace(source, self.path / name)
-        for name in going:
-            (self.path / name).unlink(missing_ok=True)
-        sync_directory(self.path)
-        journal.unlink(missing_ok=True)
-        shutil.rmtree(self.path / _REWRITTEN, ignore_errors=True)
-
-    def _recover(self) -> None:
-        """Finish a deletion that was killed, or forget what it had prepared."""
-        journal = self.path / _JOURNAL
-        if journal.exists():
-            work = json.loads(journal.read_text(encoding="utf-8"))
-            self._finish_deleting(work["delete"], work["replace"])
-        elif (self.path / _REWRITTEN).exists():
-            shutil.rmtree(self.path / _REWRITTEN, ignore_errors=True)
 
     def _drop_refinements(self, snapshots: Iterable[Snapshot]) -> None:
         """Newer snapshots are on disk: of these the coarser files will do."""
@@ -313,8 +286,7 @@ class SnapshotStore:
     def _connected(self, others: Sequence[Snapshot]) -> Snapshots:
         """Snapshots of this folder, predicted from each other and from others."""
         own = [self._open(path) for path in self._files()]
-        connected = _with_inputs_found([*others, *own])[0]
-        return [s for s in connected if s.path.parent == self.path]
+        return [s for s in connected([*others, *own])[0] if s.path.parent == self.path]
 
     def _files(self) -> Iterator[Path]:
         if self.path.is_dir():
@@ -361,7 +333,7 @@ class SnapshotStore:
                     except OSError as error:  # nor has every network file system
                         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                             raise
-                self._recover()
+                recover(self.path)
                 yield
         except OSError as error:
             if isinstance(error, SnapshotError):
@@ -385,43 +357,6 @@ def _stem(t: float, profile: Profile) -> str:
     if isinstance(profile, PowerFunction):
         return f"t={time}_sigma_rel={profile.sigma_rel!r}"
     return f"t={time}_" + "_".join(f"{key}={value}" for key, value in profile.to_dict().items())
-
-
-def _with_inputs_found(
-    snapshots: Snapshots,
-) -> tuple[Snapshots, Sequence[SnapshotError]]:
-    """Connect snapshots with those that they were predicted from."""
-    by_header = {snapshot.digests["header"]: snapshot for snapshot in snapshots}
-    done: dict[str, Snapshot] = {}
-    found: Snapshots = []
-    broken: Snapshots = []
-    waiting = sorted(snapshots, key=lambda s: s.t)
-    while waiting:
-        later = []
-        for snapshot in waiting:
-            if all(link.header in done for link in snapshot.links):
-                inputs = tuple((link.coefficient, done[link.header]) for link in snapshot.links)
-                refined = inputs[0][1].nbytes if snapshot.refines else 0
-                found.append(replace(snapshot, inputs=inputs, nbytes=snapshot.nbytes + refined))
-                done[snapshot.digests["header"]] = found[-1]
-            else:
-                later.append(snapshot)
-        if len(later) == len(waiting):
-            broken = later
-            break
-        waiting = later
-    problems = []
-    for snapshot in broken:
-        lost = next((link for link in snapshot.links if link.header not in by_header), None)
-        cause = f"{lost.name}, which is missing or was replaced" if lost else "another such file"
-        problems.append(
-            MissingInputError(
-                f"{snapshot.path} cannot be decoded: it is stored as its difference from a "
-                f"prediction that needs {cause}. Restore that file, or delete this one to go on "
-                "without it"
-            )
-        )
-    return found, problems
 
 
 def _check_one_run(snapshots: Sequence[Snapshot]) -> None:

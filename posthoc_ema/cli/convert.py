@@ -20,9 +20,9 @@ from posthoc_ema.snapshots import SnapshotStore
     "--encoding",
     required=True,
     type=click.Choice(list(ENCODINGS)),
-    help="float32 is exact; float16 and bfloat16 take half of that; delta16, delta8 and delta6 "
-    "store what cannot be predicted from earlier snapshots, in about half, a quarter and a "
-    "sixth.",
+    help="float32 is exact; float16 and bfloat16 take half of that; delta16, delta8, "
+    "delta6 and delta4 store what cannot be predicted from earlier snapshots, in about a half, a "
+    "quarter, a sixth and a seventh.",
 )
 @json_option
 def convert(store: SnapshotStore, out: Path, encoding: str, as_json: bool) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     ["native"],
     ["conversion", "encoding"],
     ["profiles", "arrays", "tensorfile", "kernels"],
-    ["schedule", "movement", "snapshot_file"],
+    ["schedule", "movement", "snapshot_file", "journal"],
     ["solve", "chain", "snapshot_writing", "sinks", "request", "trackers.base"],
     ["evidence", "streaming"],
     ["prediction"],

@@ -17,7 +17,7 @@ from posthoc_ema import (
     predict_error,
     reconstruct,
 )
-from posthoc_ema import snapshots as store_module
+from posthoc_ema.journal import REWRITTEN
 from posthoc_ema.prediction import WHOLE_EVERY
 
 DELTA = ["delta16", "delta8", "delta6", "delta4"]
@@ -284,6 +284,6 @@ def test_predicted_errors_know_the_noise(tmp_path: Path) -> None:
     assert errors == sorted(errors), "fewer bits, larger errors"
 
 
-def test_names_of_the_store_module() -> None:
+def test_rewritten_files_are_hidden() -> None:
     """The journal's folder is hidden: no listing takes it for snapshots."""
-    assert store_module._REWRITTEN.startswith(".")
+    assert REWRITTEN.startswith(".")
