@@ -45,7 +45,7 @@ _FEW = 1000  # weights below which S is itself uncertain
 _LEAST_RATE = 1e-12  # of the largest one
 _STEPS_OF_DRIFT = 512  # its direction changes in so many steps over training
 _JITTER = 1e-4  # what a search for it begins with
-_TELLING = 0.02  # gain in likelihood for each difference that makes jitter real
+_TELLING = 0.25  # gain in likelihood for each difference that makes jitter real
 _LIMIT = 1e-13  # of the diagonal of Σ: what double precision leaves of it
 
 
