@@ -2,7 +2,8 @@
 
 Weights are a function of the step alone, so that a run in pieces must end exactly like a whole
 one. ``CRASH=function:n`` in the environment ends the process, without any clean-up, at the n-th
-call of that function (``before`` it) or after it (``after``). ``THIN=n`` keeps n times only.
+call of that function (``before`` it) or after it (``after``). ``THIN=n`` keeps n times only,
+``ENCODING`` is how they are stored.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def load(ema: EMA, path: Path) -> None:
 def run(folder: Path, steps: int) -> None:
     thin = os.environ.get("THIN")
     schedule = Thinning(int(thin), TRACKS, TRACKS, ratio=1e-9, every=1) if thin else Every(1)
-    ema = EMA(sigma_rel=TRACKS, snapshots=folder / "ema", schedule=schedule)
+    encoding = os.environ.get("ENCODING", "float32")
+    ema = EMA(sigma_rel=TRACKS, snapshots=folder / "ema", schedule=schedule, encoding=encoding)
     checkpoint = folder / "checkpoint.npz"
     if checkpoint.exists():
         load(ema, checkpoint)
