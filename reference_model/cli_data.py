@@ -17,7 +17,11 @@ from reference_model.cli_support import errors_as_messages
     type=click.IntRange(min=1),
     help="Side of the square to resize and crop to; otherwise all images must be of one size.",
 )
-@click.option("--grey", is_flag=True, help="Write grey images instead of colour.")
+@click.option(
+    "--grey",
+    is_flag=True,
+    help="Write grey images instead of colour; grey IDX files and arrays stay grey anyway.",
+)
 @click.option(
     "--vae",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
