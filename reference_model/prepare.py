@@ -116,16 +116,6 @@ def prepare(
     form = PNG
     if vae is not None:
         form, grey = _latents(vae, batch_size, device), False
-    work = dest.with_name(dest.name + ".partial")
-    settings = {
-        "source": str(Path(source).resolve()),
-        "images": len(pictures.names),
-        "size": size,
-        "grey": grey,
-        "vae": None if vae is None else str(Path(vae).resolve()),
-    }
-    _claim(work, settings)
-
     names = [
         f"{i // FILES_IN_FOLDER:05d}/img{i:08d}{form.suffix}" for i in range(len(pictures.names))
     ]
@@ -137,6 +127,16 @@ def prepare(
             f"(got {shape[0]}×{shape[1]} pixels); choose a size"
         )
     convert = partial(_convert, pictures, grey, size, shape)
+
+    work = dest.with_name(dest.name + ".partial")
+    settings = {
+        "source": str(Path(source).resolve()),
+        "images": len(pictures.names),
+        "size": size,
+        "grey": grey,
+        "vae": None if vae is None else str(Path(vae).resolve()),
+    }
+    _claim(work, settings)
 
     def is_done(i: int) -> bool:
         try:

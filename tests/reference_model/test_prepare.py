@@ -172,6 +172,7 @@ def test_latents_are_written_and_drawn(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos")
     with pytest.raises(ValueError, match=r"sides that are multiples of 2 \(got 5×5 pixels\)"):
         prepare(source, tmp_path / "odd", size=5, vae=tmp_path / "vae", progress=False)
+    assert not (tmp_path / "odd.partial").exists()
     for dest in ("out.zip", "out"):
         # The last batch is smaller.
         prepare(source, tmp_path / dest, size=4, vae=tmp_path / "vae", batch_size=3, progress=False)
