@@ -9,9 +9,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from reference_model import cli_evaluation
+from reference_model import cli_data, cli_evaluation
 from reference_model.cli_support import errors_as_messages, run_dir_option
-from reference_model.configs import NetworkConfig, TrainConfig
+from reference_model.configs import DIGITS, NetworkConfig, TrainConfig
 from reference_model.presets import PRESETS, preset
 
 threads_option = click.option(
@@ -82,6 +82,11 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
     """Replace the fields for which an option was given, those of the network included."""
     given = {k: None if v is ConfigNone else v for k, v in overrides.items() if v is not None}
+    for name in ("data", "vae"):
+        value = given.get(name)
+        if value and value != DIGITS and Path(value).exists():
+            # Absolute, so that a run that is continued from another folder finds it again.
+            given[name] = str(Path(value).resolve())
     network_names = {f.name for f in fields(NetworkConfig)}
     of_network: dict[str, Any] = {k: v for k, v in given.items() if k in network_names}
     of_training: dict[str, Any] = {k: v for k, v in given.items() if k not in network_names}
@@ -219,6 +224,7 @@ def parse_numbers(text: str, what: str) -> list[int]:
 
 
 for _command in (
+    cli_data.prepare,
     cli_evaluation.evaluate,
     cli_evaluation.sweep,
     cli_evaluation.report,

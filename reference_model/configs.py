@@ -24,6 +24,15 @@ LADDER = {
 AVAILABLE = ("G",)
 """Those that `build_model` can build."""
 
+DIGITS = "digits"
+"""The data set that is built in."""
+
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+"""Where Debian's package dataset-fashion-mnist puts its files."""
+
+HELD_OUT = 0.25
+"""Part of a data set that is kept apart to measure on, unless another is asked for."""
+
 
 def option(help: str, **default: Any) -> Any:
     """Declare a dataclass field with its help text for the command line."""
@@ -126,7 +135,24 @@ class TrainConfig:
     """Everything that determines a training run: equal configs give equal weights."""
 
     network: NetworkConfig
-    data: str = option("Data set: 'digits' is built in.", default="digits")
+    data: str = option(
+        "Data set: 'digits', which is built in, or the path of a folder or ZIP of images (or "
+        "latents), of MNIST-like IDX files, or of NPZ or NPY arrays.",
+        default=DIGITS,
+    )
+    held_out: float = option(
+        "Fraction of each class to measure on instead of training; sets with a test set use that; "
+        "0: measure on the training images.",
+        default=HELD_OUT,
+    )
+    encoder: str = option(
+        "How images become network input: rgb, space-to-depth (2×2 pixels as channels) or latents.",
+        default="rgb",
+    )
+    vae: str = option(
+        "Folder of the autoencoder that turns latents into pixels; training goes without.",
+        default="",
+    )
     seed: int = option("Seed of all random numbers.", default=0)
     batch_size: int = option("Images of one step.", default=2048)
     total_nimg: int = option("Length of training, in images.", default=2048 << 20)

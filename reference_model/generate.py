@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from posthoc_ema import reconstruct
-from reference_model.checkpoint import SNAPSHOTS, load_network
+from reference_model.checkpoint import SNAPSHOTS, load_config, load_network
+from reference_model.encoders import make_encoder
 from reference_model.sampler import generate_images
 
 
@@ -51,11 +52,12 @@ def generate(
     if sigma_rel is not None:
         snapshots = Path(run_dir) / SNAPSHOTS
         weights = reconstruct(snapshots, sigma_rel, framework="torch").state_dict()
-    net = load_network(run_dir, weights)
+    net, config = load_network(run_dir, weights), load_config(run_dir)
     labels = None
     if classes is not None:
         labels = torch.tensor([classes[i % len(classes)] for i in range(len(seeds))])
-    images = generate_images(net, seeds, labels, progress=progress, **options)
+    encoder = make_encoder(config.encoder, config.vae)
+    images = generate_images(net, seeds, labels, encoder=encoder, progress=progress, **options)
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_model.data import decode_pixels
+from reference_model.encoders import PIXELS, Encoder
 
 
 def sigma_steps(
@@ -160,6 +160,7 @@ def generate_images(
     *,
     batch_size: int = 64,
     num_steps: int = 32,
+    encoder: Encoder = PIXELS,
     progress: bool = False,
     **sampler_options: Any,
 ) -> Tensor:
@@ -172,11 +173,12 @@ def generate_images(
             class for each image from its seed.
         batch_size: Images denoised at once: a matter of memory and speed only.
         num_steps: Solver steps; 2·num_steps − 1 network evaluations.
+        encoder: Turns network output into pixels: that which the network was trained with.
         progress: Whether to show a progress bar.
         **sampler_options: Passed to `heun_sampler`, except noise and labels.
 
     Returns:
-        uint8 `[N, C, H, W]`, on the CPU.
+        Pixels, uint8 `[N, C', H', W']`, on the CPU.
 
     Raises:
         ValueError: If classes and seeds do not agree in number, or a class does not exist.
@@ -208,10 +210,10 @@ def generate_images(
                 randn_like=rng.randn_like,
                 **sampler_options,
             )
-            images.append(decode_pixels(x).cpu())
+            images.append(encoder.decode(x).cpu())
     finally:
         net.train(was_training)
-    return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8)
+    return torch.cat(images) if images else encoder.decode(torch.empty(0, *shape))
 
 
 def _check_classes(class_labels: Tensor | int | None, count: int, label_dim: int) -> Tensor | None:
