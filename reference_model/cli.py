@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from reference_model import cli_evaluation, cli_generate
+from reference_model import cli_evaluation, cli_generate, cli_toy
 from reference_model.cli_support import (
     errors_as_messages,
     run_dir_option,
@@ -143,5 +143,6 @@ for _command in (
     cli_evaluation.sweep,
     cli_evaluation.report,
     cli_evaluation.demo,
+    cli_toy.toy,
 ):
     main.add_command(_command)
