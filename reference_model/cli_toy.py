@@ -55,7 +55,7 @@ def toy(
     are drawn without guidance, with classifier-free guidance, with autoguidance by a smaller and
     less trained network, and with a score that is merely made longer. toy2d.png shows what each
     does: outliers are samples where data are rare, coverage is how much of the samples' mass lies
-    on the right branches.
+    on the right branches. Training takes minutes; with --iterations 512 one, for a rough picture.
     """
     from reference_model.toy2d_figure import run_toy
 

@@ -25,8 +25,8 @@ SOLVER: dict[str, Any] = {"num_steps": 32, "sigma_min": 0.002, "sigma_max": 5.0,
 
 JUDGED_AT = 0.01
 """Noise level at which samples are scored: what is closer to a branch than this, is on it."""
-WHOLE = (-0.35, 1.55, -0.45, 1.45)
-CLOSE_UP = (0.92, 1.42, 0.30, 0.80)
+WHOLE = (-0.72, 1.42, -0.66, 1.48)
+CLOSE_UP = (0.34, 1.04, 0.72, 1.42)
 """Left, right, bottom and top of what is shown: all of class A, and a magnified part."""
 
 SHADES = {"B": "Greys", "A": "Oranges"}
