@@ -29,7 +29,7 @@ ANGLES = {"A": math.pi / 4, "B": 5 * math.pi / 4}
 SIGMA_DATA = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixture:
     """Gaussians in the plane: branches of eight, which share a covariance.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,21 @@ def compare(
 
 def judge(points: Tensor, data: Mixture) -> tuple[float, float]:
     """Fraction of outliers and coverage of the branches, as `Method` has them."""
-    reference = data.sample(8192, torch.Generator().manual_seed(0)).float()
-    level = data.logp_and_score(reference, JUDGED_AT)[0].quantile(0.01)
     logp = data.logp_and_score(points, JUDGED_AT)[0]
     means = data.means.flatten(0, 1).to(points.dtype)
     nearest = torch.cat([torch.cdist(p, means).argmin(dim=1) for p in points.split(1024)])
     branches = torch.bincount(nearest // PER_BRANCH, minlength=len(data.means)) / len(points)
     difference = branches - data.shares.sum(dim=1)
-    return float((logp < level).double().mean()), 1 - float(difference.abs().sum()) / 2
+    return float((logp < _outlier_level(data)).double().mean()), 1 - float(
+        difference.abs().sum()
+    ) / 2
+
+
+@lru_cache
+def _outlier_level(data: Mixture) -> float:
+    """Log density below which one in a hundred points of data lie."""
+    points = data.sample(8192, torch.Generator().manual_seed(0)).float()
+    return float(data.logp_and_score(points, JUDGED_AT)[0].quantile(0.01))
 
 
 def trained(
@@ -183,6 +191,7 @@ def draw(methods: list[Method], data: dict[str, Mixture], path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
+@lru_cache
 def _density(data: Mixture, box: tuple[float, float, float, float]) -> tuple[Any, Any, Any]:
     """Density on a grid over a box (left, right, bottom, top): x, y and values `[y, x]`."""
     left, right, bottom, top = box
