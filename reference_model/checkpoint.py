@@ -143,19 +143,26 @@ def load_network(
     return net.eval()
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = True
+) -> None:
     """Write a file so that a crash at any instant leaves the old content or the new.
 
     Args:
         path: File to replace.
         write: Called with a binary file to write the content to.
+        durable: Whether to wait until it is on disk. Without, that holds for a killed process
+            but not for a power failure.
     """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     os.replace(temporary, path)
+    if not durable:
+        return
     # The rename itself is on disk only once the directory is.
     directory = os.open(path.parent, os.O_RDONLY)
     try:

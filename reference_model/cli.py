@@ -9,16 +9,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from reference_model import cli_data, cli_evaluation
-from reference_model.cli_support import errors_as_messages, run_dir_option
+from reference_model import cli_data, cli_evaluation, cli_generate, cli_toy
+from reference_model.cli_support import (
+    errors_as_messages,
+    run_dir_option,
+    set_threads,
+    threads_option,
+)
 from reference_model.configs import DIGITS, NetworkConfig, TrainConfig
 from reference_model.presets import PRESETS, preset
-
-threads_option = click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    help="CPU threads; one is as fast as two for networks as small as the digits'.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -143,91 +142,13 @@ def train(
     )
 
 
-@main.command()
-@run_dir_option
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Directory for grid.png and one PNG for each seed.",
-)
-@click.option("--sigma-rel", type=float, help="EMA length, as a fraction of training time.")
-@click.option("--raw", is_flag=True, help="Use the raw training weights instead of an average.")
-@click.option(
-    "--seeds", default="0-63", show_default=True, help="One image for each, as in 0-9,17."
-)
-@click.option("--classes", help="Classes, taken in turn, as in 0-9; otherwise random.")
-@click.option("--num-steps", default=32, show_default=True, help="Steps of the solver.")
-@click.option("--batch-size", default=64, show_default=True, help="Does not change the images.")
-@threads_option
-@click.option("--scale", type=click.IntRange(min=1), help="Magnification of the pixels.")
-def generate(
-    run_dir: Path,
-    out: Path,
-    sigma_rel: float | None,
-    raw: bool,
-    seeds: str,
-    classes: str | None,
-    num_steps: int,
-    batch_size: int,
-    threads: int | None,
-    scale: int | None,
-) -> None:
-    """Generate images from a run, at any EMA length.
-
-    The weights are reconstructed from the run's snapshots, so --sigma-rel need not be one of
-    the lengths that training tracked. A seed gives the same image whatever the others are.
-    """
-    from reference_model.generate import generate as run_generate
-
-    if (sigma_rel is None) == (not raw):
-        raise click.UsageError("give either --sigma-rel, such as --sigma-rel 0.1, or --raw")
-    set_threads(threads)
-    with errors_as_messages():
-        grid = run_generate(
-            run_dir,
-            out,
-            parse_numbers(seeds, "seeds"),
-            sigma_rel=sigma_rel,
-            classes=None if classes is None else parse_numbers(classes, "classes"),
-            scale=scale,
-            num_steps=num_steps,
-            batch_size=batch_size,
-        )
-    click.echo(f"Wrote {grid}")
-
-
-def set_threads(threads: int | None) -> None:
-    """Limit torch's CPU threads; `None` leaves its choice."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def parse_numbers(text: str, what: str) -> list[int]:
-    """Read numbers and inclusive ranges: "0-3,10" is [0, 1, 2, 3, 10].
-
-    Raises:
-        click.UsageError: If the text is anything else.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            numbers += range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            raise click.UsageError(f"{what} must look like 0-63 or 1,5,9 (got {text!r})") from None
-    if not numbers:
-        raise click.UsageError(f"{what} must name at least one number (got {text!r})")
-    return numbers
-
-
 for _command in (
     cli_data.prepare,
+    cli_generate.generate,
     cli_evaluation.evaluate,
     cli_evaluation.sweep,
     cli_evaluation.report,
     cli_evaluation.demo,
+    cli_toy.toy,
 ):
     main.add_command(_command)

@@ -105,6 +105,11 @@ class NetworkConfig:
             raise ValueError(f"dropout must lie in [0, 1) (got {self.dropout})")
 
     @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of an image as the network takes it: `(C, H, W)`."""
+        return self.img_channels, self.img_resolution, self.img_resolution
+
+    @property
     def noise_channels(self) -> int:
         """Width of the noise features."""
         return self.model_channels * (self.channel_mult_noise or self.channel_mult[0])

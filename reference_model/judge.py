@@ -18,7 +18,7 @@ from reference_model.data import Dataset, load_dataset
 from reference_model.encoders import PIXELS, Encoder, make_encoder
 from reference_model.metrics import FeatureStatistics, frechet_distance, mean_and_error
 from reference_model.protocol import Protocol
-from reference_model.sampler import generate_images
+from reference_model.sampler import evaluating, generate_images
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def generate_in_parallel(
     repeat: int,
     classes: Tensor | None = None,
     encoder: Encoder = PIXELS,
+    **sampler_options: Any,
 ) -> Tensor:
     """Images of one repeat, with a batch on each CPU thread at a time.
 
@@ -69,6 +70,7 @@ def generate_in_parallel(
         repeat: Which repeat, counted from 0.
         classes: Class of each image, int64 ``[images]``; not used by an unconditional network.
         encoder: Turns network output into pixels.
+        **sampler_options: As `image_batches` takes them: guidance, for example.
 
     Returns:
         uint8 ``[images, C, H, W]``.
@@ -84,21 +86,20 @@ def generate_in_parallel(
             batch_size=protocol.batch_size,
             num_steps=protocol.num_steps,
             encoder=encoder,
+            **sampler_options,
         )
 
     starts = range(0, len(seeds), protocol.batch_size)
     threads = torch.get_num_threads()
     if next(net.parameters()).device.type != "cpu" or threads == 1:
         return torch.cat([generate(start) for start in starts])
-    was_training = net.training
-    net.eval()  # before the threads share it
     torch.set_num_threads(1)  # of each thread of the pool
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        # In evaluation mode before the threads share them.
+        with evaluating([net, sampler_options.get("gnet")]), ThreadPoolExecutor(threads) as pool:
             return torch.cat(list(pool.map(generate, starts)))
     finally:
         torch.set_num_threads(threads)
-        net.train(was_training)
 
 
 class Judge:
@@ -178,7 +179,10 @@ class Judge:
         )
 
     def score(
-        self, net: Any, on_repeat: Callable[[Tensor, Tensor], object] = lambda images, read: None
+        self,
+        net: Any,
+        on_repeat: Callable[[Tensor, Tensor], object] = lambda images, read: None,
+        **sampler_options: Any,
     ) -> Score:
         """Generate images by the protocol and measure them.
 
@@ -186,12 +190,15 @@ class Judge:
             net: A network as `generate_images` takes it.
             on_repeat: Called after each repeat with its images, uint8 ``[N, C, H, W]``, and
                 the classes that they are read as, int64 ``[N]``.
+            **sampler_options: As `image_batches` takes them: guidance, for example.
         """
         protocol = self.protocol
         classes = torch.tensor(protocol.classes(self.num_classes))
         distances, agreement = [], []
         for repeat in range(protocol.repeats):
-            images = generate_in_parallel(net, protocol, repeat, classes, self.encoder)
+            images = generate_in_parallel(
+                net, protocol, repeat, classes, self.encoder, **sampler_options
+            )
             distance, read_as = self.judge(images, classes)
             distances.append(distance)
             agreement.append(float((read_as == classes).double().mean()))

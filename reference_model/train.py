@@ -199,13 +199,12 @@ def check_fit(config: TrainConfig, dataset: Dataset, encoder: Encoder) -> None:
         ValueError: If shapes or numbers of classes differ.
     """
     net = config.network
-    takes = (net.img_channels, net.img_resolution, net.img_resolution)
     has = encoder.input_shape(dataset.shape)
-    if takes != has:
+    if net.input_shape != has:
         encoded = "" if has == dataset.shape else f", encoded by {config.encoder!r},"
         raise ValueError(
-            f"the network takes images of shape {takes}, data set {config.data!r}{encoded} has "
-            f"{has}; set img_channels and img_resolution accordingly"
+            f"the network takes images of shape {net.input_shape}, data set {config.data!r}"
+            f"{encoded} has {has}; set img_channels and img_resolution accordingly"
         )
     if dataset.source.latent != (config.encoder == "latents"):
         kind = "latents" if dataset.source.latent else "pixels"

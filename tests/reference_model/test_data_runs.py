@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from reference_model.encoders import make_encoder
 from reference_model.generate import generate
 from reference_model.presets import preset
 from reference_model.protocol import Protocol
+from reference_model.sampler_config import SamplerConfig
 from reference_model.sweep import evaluate, sweep
 from reference_model.train import check_fit, train
 
@@ -70,11 +72,17 @@ def test_run_remembers_data_and_encoder(folded: Path, monkeypatch: pytest.Monkey
 
 
 def test_images_are_unfolded(folded: Path, tmp_path: Path) -> None:
-    grid = generate(folded, tmp_path, [0, 1], sigma_rel=0.1, scale=1, num_steps=2, progress=False)
+    options: dict[str, Any] = {"sampler": SamplerConfig(num_steps=2), "progress": False}
+    grid = generate(folded, tmp_path, [0, 1], sigma_rel=0.1, scale=1, **options).grid
     with Image.open(tmp_path / "seed000001.png") as image:
         assert image.size == (8, 8)
+    assert grid is not None
     with Image.open(grid) as image:
         assert image.size == (17, 8)
+    # Enlarged to 32 pixels unless told otherwise: what counts are pixels, not network input.
+    generate(folded, tmp_path / "enlarged", [0], sigma_rel=0.1, **options)
+    with Image.open(tmp_path / "enlarged" / "seed000000.png") as image:
+        assert image.size == (32, 32)
 
 
 def test_run_is_measured_against_the_sets_own_test_set(folded: Path) -> None:
@@ -116,15 +124,16 @@ def test_latents_are_trained_on_and_decoded_by_an_autoencoder_named_later(tmp_pa
     )
     run_dir = tmp_path / "run"
     assert train(config, run_dir, progress=False) == 24
+    options: dict[str, Any] = {"sampler": SamplerConfig(num_steps=1), "scale": 1, "progress": False}
     with pytest.raises(ValueError, match=r"train --run-dir RUN --vae FOLDER` tells a run, also a"):
-        generate(run_dir, tmp_path / "out", [0], sigma_rel=None, num_steps=1, progress=False)
+        generate(run_dir, tmp_path / "out", [0], sigma_rel=None, **options)
 
     save_vae(tmp_path / "vae")
     weights = (run_dir / "checkpoint.pt").read_bytes()
     run("train", "--run-dir", str(run_dir), "--vae", str(tmp_path / "vae"), "--quiet")
     assert load_config(run_dir) == replace(config, vae=str((tmp_path / "vae").resolve()))
     assert (run_dir / "checkpoint.pt").read_bytes() == weights
-    generate(run_dir, tmp_path / "out", [0], sigma_rel=None, num_steps=1, scale=1, progress=False)
+    generate(run_dir, tmp_path / "out", [0], sigma_rel=None, **options)
     with Image.open(tmp_path / "out" / "seed000000.png") as image:
         assert (image.size, image.mode) == ((16, 16), "RGB")
 

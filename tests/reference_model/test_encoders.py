@@ -95,6 +95,7 @@ def test_autoencoder_is_fed_with_pixels_from_zero_to_one(tmp_path: Path) -> None
         torch.testing.assert_close(std, expected.std, rtol=0, atol=2e-6)
         painted = model.decode(mean).sample.clamp(0, 1)
     decoded = vae.decode(mean)
+    assert vae.decode(mean[:0]).shape == (0, *decoded.shape[1:])
     assert decoded.dtype == torch.uint8
     # Rounding to the nearest of 255 levels.
     assert (decoded / 255 - painted).abs().max() <= 0.5001 / 255
