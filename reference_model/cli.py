@@ -67,16 +67,20 @@ class ConfigNone:
     """Stands for an explicit `none`, since click's None is an option not given."""
 
 
-def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command one option for each field of the training and network configs."""
-    for kind in (NetworkConfig, TrainConfig):
-        hints = get_type_hints(kind)
-        for spec in reversed([f for f in fields(kind) if f.name != "network"]):
-            name = f"--{spec.name.replace('_', '-')}"
-            convert = ConfigValue(hints[spec.name])
-            option = click.option(name, spec.name, type=convert, help=spec.metadata["help"])
-            command = option(command)
-    return command
+def config_options(*kinds: Any) -> Callable[..., Any]:
+    """Give a command one option for each field of these configs."""
+
+    def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        for kind in kinds:
+            hints = get_type_hints(kind)
+            for spec in reversed([f for f in fields(kind) if f.name != "network"]):
+                name = f"--{spec.name.replace('_', '-')}"
+                convert = ConfigValue(hints[spec.name])
+                option = click.option(name, spec.name, type=convert, help=spec.metadata["help"])
+                command = option(command)
+        return command
+
+    return with_options
 
 
 def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
@@ -88,19 +92,55 @@ def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfi
     return replace(config, network=replace(config.network, **of_network), **of_training)
 
 
-@main.command()
-@click.option(
+preset_option = click.option(
     "--preset",
     "preset_name",
     type=click.Choice(list(PRESETS)),
     metavar="NAME",
     help=f"Where options not given come from: {', '.join(PRESETS)}.",
 )
+
+
+@main.command()
+@preset_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@config_options(NetworkConfig)
+def flops(preset_name: str | None, as_json: bool, **overrides: Any) -> None:
+    """Count the operations of one evaluation for one image, per layer and in total.
+
+    \b
+    Of one of the paper's networks, of a variant of one, or of one of your own:
+      python -m reference_model flops --preset edm2-img512-s
+      python -m reference_model flops --preset edm2-img512-s --attn-resolutions 8
+      python -m reference_model flops --img-resolution 28 --img-channels 1 --channel-mult 1,2,2
+
+    Counted as in the paper: a multiplication with its addition is one operation, an elementwise
+    operation one, SiLU and softmax three for each element, and weights are normalised for the one
+    image. Sampling with N Heun steps takes 2N - 1 evaluations for each image, a training step
+    three times an evaluation.
+    """  # noqa: D301 (click takes \\b for the character)
+    from reference_model.flops import count, report
+
+    with errors_as_messages():
+        if preset_name is not None:
+            config = with_overrides(preset(preset_name), overrides).network
+        elif overrides["img_resolution"] is None or overrides["img_channels"] is None:
+            raise click.UsageError("give --preset, or both --img-resolution and --img-channels")
+        else:
+            given = {k: v for k, v in overrides.items() if v is not None}
+            given = {k: None if v is ConfigNone else v for k, v in given.items()}
+            config = NetworkConfig(**given)
+        costs = count(config)
+    click.echo(report(config, costs, as_json=as_json))
+
+
+@main.command()
+@preset_option
 @run_dir_option
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @threads_option
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@config_options
+@config_options(NetworkConfig, TrainConfig)
 def train(
     preset_name: str | None,
     run_dir: Path,

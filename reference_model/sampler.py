@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_model.data import decode_pixels
+from reference_model.folding import folds_weights
 
 
 def sigma_steps(
@@ -49,6 +50,7 @@ def sigma_steps(
 
 
 @torch.no_grad()
+@folds_weights
 def heun_sampler(
     net: Any,
     noise: Tensor,
