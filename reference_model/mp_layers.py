@@ -55,7 +55,9 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     scale = math.sqrt((channels_a + channels_b) / ((1 - t) ** 2 + t**2))
     scale_a = scale * (1 - t) / math.sqrt(channels_a)
     scale_b = scale * t / math.sqrt(channels_b)
-    return torch.cat([a * scale_a, b * scale_b], dim=1)
+    # Parts of equal width at t = ½ stay what they are, but for rounding.
+    parts = ((a, scale_a), (b, scale_b))
+    return torch.cat([x if abs(s - 1) < 1e-15 else x * s for x, s in parts], dim=1)
 
 
 class MPConv(nn.Module):
@@ -109,6 +111,8 @@ class MPConv(nn.Module):
             return x @ weight.t()
         if self.up:
             return F.conv_transpose2d(x, weight, stride=2, padding=1)
+        if weight.shape[2:] == (1, 1):  # a matrix product, with pixels last as they are stored
+            return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def kernel(self) -> Tensor:
@@ -118,8 +122,9 @@ class MPConv(nn.Module):
         if self.training:
             with torch.no_grad():
                 rms = root_mean_square(self.weight, over_inputs)
-                self.weight.div_(rms + EPS)
-                rms = rms / (rms + EPS)  # of the new weight
+                divisor = rms + EPS
+                self.weight.div_(divisor)
+                rms /= divisor  # of the new weight
         # 1/√fan_in on top of RMS one makes each output channel's weight vector of unit norm.
         factor = self.factor / math.sqrt(self.weight[0].numel())
         weight = normalize(self.weight, over_inputs, rms=rms, factor=factor)

@@ -24,7 +24,7 @@ def root_mean_square(x: Tensor, dim: int | Sequence[int]) -> Tensor:
     """
     norm_dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=norm_dtype)
-    return norm * math.sqrt(norm.numel() / x.numel())
+    return norm.mul_(math.sqrt(norm.numel() / x.numel()))
 
 
 def normalize(
@@ -47,9 +47,19 @@ def normalize(
     Source:
         arXiv:2312.02696, Eq. 30 and Algorithm 1.
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Normalize.apply(x, dim, rms, factor)
+    return _scaled(x, dim, rms, factor)[0]
+
+
+def _scaled(
+    x: Tensor, dim: int | Sequence[int], rms: Tensor | None, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result, the RMS, and what `x` was multiplied by."""
     if rms is None:
-        rms = root_mean_square(x.detach(), dim)
-    return _Normalize.apply(x, rms, dim, factor)
+        rms = root_mean_square(x, dim)
+    scale = factor * (rms + EPS).reciprocal()
+    return x * scale.to(x.dtype), rms, scale
 
 
 class _Normalize(torch.autograd.Function):
@@ -60,20 +70,20 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, rms: Tensor, dim: Any, factor: float) -> Tensor:
-        return x * (factor / (rms + EPS)).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, rms, ctx.dim, ctx.factor = inputs
-        ctx.save_for_backward(output, rms)
+    def forward(
+        ctx: Any, x: Tensor, dim: int | Sequence[int], rms: Tensor | None, factor: float
+    ) -> Tensor:
+        y, rms, scale = _scaled(x, dim, rms, factor)
+        ctx.save_for_backward(y, rms, scale)
+        ctx.dim, ctx.factor = dim, factor
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, rms = ctx.saved_tensors
-        along = (grad.to(rms.dtype) * y).mean(dim=ctx.dim, keepdim=True)
-        # Where all entries are zero, so is `along`: any divisor does.
-        along /= ctx.factor * rms.clamp_min(torch.finfo(rms.dtype).tiny)
-        grad = grad * (ctx.factor / (rms + EPS)).to(grad.dtype)
-        return grad.addcmul_(y, along.to(y.dtype), value=-1), None, None, None
+        y, rms, scale = ctx.saved_tensors
+        along = (grad.to(rms.dtype) * y).mean(ctx.dim, keepdim=True)
+        # Where all entries are zero, so is their mean: any divisor does.
+        along /= rms.clamp_min(torch.finfo(rms.dtype).tiny)
+        grad = grad * scale.to(grad.dtype)
+        return grad.addcmul_(y, along.to(y.dtype), value=-1 / ctx.factor), None, None, None
