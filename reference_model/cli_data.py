@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from reference_model.cli_support import errors_as_messages
+from reference_model.cli_support import device_option, errors_as_messages, quiet_option
 
 
 @click.command()
@@ -35,8 +35,8 @@ from reference_model.cli_support import errors_as_messages
     help="Images at once in the autoencoder.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one a processor.")
-@click.option("--device", default="cpu", show_default=True, help="Where the autoencoder runs.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@device_option
+@quiet_option
 def prepare(
     source: Path,
     dest: Path,

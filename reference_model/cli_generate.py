@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import click
 
 from reference_model.cli_support import (
+    device_option,
     errors_as_messages,
     parse_numbers,
+    quiet_option,
     run_dir_option,
     set_threads,
     threads_option,
@@ -130,14 +132,14 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @guidance_options
 @sampler_options
 @click.option("--batch-size", default=64, show_default=True, help="Does not change the images.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@device_option
 @threads_option
 @click.option(
     "--part", type=PART, help="Make part I of N (1/N to N/N); torchrun sets this by itself."
 )
 @click.option("--overwrite", is_flag=True, help="Replace images that other options made.")
 @click.option("--scale", type=click.IntRange(min=1), help="Magnification of the pixels.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option
 def generate(
     run_dir: Path,
     out: Path,

@@ -17,6 +17,14 @@ run_dir_option = click.option(
     help="Directory of the run.",
 )
 
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..."
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
+
 threads_option = click.option(
     "--threads",
     type=click.IntRange(min=1),

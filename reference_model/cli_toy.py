@@ -6,7 +6,12 @@ from pathlib import Path
 
 import click
 
-from reference_model.cli_support import errors_as_messages, set_threads, threads_option
+from reference_model.cli_support import (
+    errors_as_messages,
+    quiet_option,
+    set_threads,
+    threads_option,
+)
 
 
 @click.command()
@@ -39,7 +44,7 @@ from reference_model.cli_support import errors_as_messages, set_threads, threads
 )
 @click.option("--seed", default=0, show_default=True, help="Of training and sampling.")
 @threads_option
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@quiet_option
 def toy(
     out: Path,
     iterations: int,

@@ -33,6 +33,9 @@ FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 HELD_OUT = 0.25
 """Part of a data set that is kept apart to measure on, unless another is asked for."""
 
+PRECISIONS = ("float32", "float16", "bfloat16")
+"""Types of activations; weights, embedding, norms and loss are float32 with each."""
+
 
 def option(help: str, **default: Any) -> Any:
     """Declare a dataclass field with its help text for the command line."""
@@ -73,6 +76,10 @@ class NetworkConfig:
     clip_act: float | None = option("Bound on activations; none: unbounded.", default=256.0)
     sigma_data: float = option("Standard deviation of the data.", default=0.5)
     logvar_channels: int = option("Noise features of the uncertainty head.", default=128)
+    precision: str = option(
+        "Type of activations on GPUs: float32, float16 or bfloat16. CPUs compute in float32.",
+        default="float32",
+    )
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attn_resolutions"):
@@ -101,6 +108,10 @@ class NetworkConfig:
         for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1] (got {getattr(self, name)})")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)} (got {self.precision!r})"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1) (got {self.dropout})")
 

@@ -16,6 +16,7 @@ from reference_model.classifier import ClassifierConfig, cached_classifier
 from reference_model.configs import TrainConfig
 from reference_model.data import Dataset, load_dataset
 from reference_model.encoders import PIXELS, Encoder, make_encoder
+from reference_model.folding import folded_weights
 from reference_model.metrics import FeatureStatistics, frechet_distance, mean_and_error
 from reference_model.protocol import Protocol
 from reference_model.sampler import evaluating, generate_images
@@ -93,10 +94,11 @@ def generate_in_parallel(
     threads = torch.get_num_threads()
     if next(net.parameters()).device.type != "cpu" or threads == 1:
         return torch.cat([generate(start) for start in starts])
+    nets = (net, sampler_options.get("gnet"))
     torch.set_num_threads(1)  # of each thread of the pool
     try:
-        # In evaluation mode before the threads share them.
-        with evaluating([net, sampler_options.get("gnet")]), ThreadPoolExecutor(threads) as pool:
+        # Before the threads share them; in each sampler alone, others would find them unfolded.
+        with evaluating(*nets), folded_weights(*nets), ThreadPoolExecutor(threads) as pool:
             return torch.cat(list(pool.map(generate, starts)))
     finally:
         torch.set_num_threads(threads)

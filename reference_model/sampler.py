@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference_model.encoders import PIXELS, Encoder
+from reference_model.folding import folds_weights, networks_in
 from reference_model.guidance import as_guides, guided
 
 
@@ -51,6 +52,7 @@ def sigma_steps(
 
 
 @torch.no_grad()
+@folds_weights
 def heun_sampler(
     net: Any,
     noise: Tensor,
@@ -247,7 +249,7 @@ def image_batches(
     classes = _check_classes(class_labels, len(seeds), config.label_dim)
     device = next(net.parameters()).device
 
-    with evaluating([net, gnet]):
+    with evaluating(net, gnet):
         for start in range(0, len(seeds), batch_size):
             batch = slice(start, start + batch_size)
             rng = SeededNoise(seeds[batch])
@@ -270,10 +272,9 @@ def image_batches(
 
 
 @contextmanager
-def evaluating(nets: Iterable[Any]) -> Iterator[None]:
-    """Put networks, and those in lists of them, in evaluation mode for a while."""
-    flat = [n for net in nets for n in (net if isinstance(net, list | tuple) else [net])]
-    modes = [(n, n.training) for n in flat if isinstance(n, torch.nn.Module)]
+def evaluating(*nets: Any) -> Iterator[None]:
+    """Put networks, and those in lists of them, in evaluation mode while the context lasts."""
+    modes = [(module, module.training) for module in networks_in(nets)]
     for module, _ in modes:
         module.eval()
     try:
