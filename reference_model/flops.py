@@ -140,7 +140,7 @@ def report(config: NetworkConfig, costs: Sequence[LayerCost], *, as_json: bool =
             ("weight normalisation", "weight_norm"),
         )
     )
-    lines.append(f"\n{total['total'] / 1e9:.1f} Gflops for each image and evaluation ({parts})")
+    lines.append(f"\n{total['total'] / 1e9:.4g} Gflops for each image and evaluation ({parts})")
     return "\n".join(lines)
 
 

@@ -6,28 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference_model import Denoiser, build_model
+from reference_model import Denoiser
 from reference_model.folding import folded_weights
+from tests.reference_model.test_network import small_net
 
 
 def make_net(precision: str = "float32") -> Denoiser:
-    torch.manual_seed(0)
-    net = build_model(
-        img_resolution=8,
-        img_channels=1,
-        label_dim=3,
-        model_channels=8,
-        channel_mult=(1, 2),
-        num_blocks=1,
-        attn_resolutions=(),  # the bottleneck attends
-        channels_per_head=8,
-        precision=precision,
-    )
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.ndim == 0:
-                p.fill_(0.5)
-    return net.eval()
+    # Only the bottleneck attends.
+    return small_net(img_channels=1, label_dim=3, attn_resolutions=(), precision=precision).eval()
 
 
 def example(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_sets import (
+from PIL import Image
+
+from reference_model.data import Dataset, load_dataset, open_source
+from reference_model.data_files import Files
+from reference_model.data_source import Source
+from tests.reference_model.data_sets import (
     edm_folder,
     pixels,
     write_idx,
@@ -20,11 +25,6 @@ from data_sets import (
     write_mnist,
     zipped,
 )
-from PIL import Image
-
-from reference_model.data import Dataset, load_dataset, open_source
-from reference_model.data_files import Files
-from reference_model.data_source import Source
 
 
 def everything(source: Source) -> Any:

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from data_sets import pixels, write_idx
 from PIL import Image
-from small_vae import save_vae
 
 from reference_model import build_model
 from reference_model.checkpoint import RunDirError, load_config
@@ -25,6 +23,8 @@ from reference_model.protocol import Protocol
 from reference_model.sampler_config import SamplerConfig
 from reference_model.sweep import evaluate, sweep
 from reference_model.train import check_fit, train
+from tests.reference_model.data_sets import pixels, write_idx
+from tests.reference_model.small_vae import save_vae
 
 SHORT = {"batch_size": 8, "total_nimg": 24, "snapshot_nimg": 8, "stats_nimg": 8}
 CLASSES = 3

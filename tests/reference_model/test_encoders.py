@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_vae import save_vae
 
 from reference_model.encoders import (
     ENCODERS,
@@ -20,6 +19,7 @@ from reference_model.encoders import (
     make_encoder,
 )
 from reference_model.vae import load_vae
+from tests.reference_model.small_vae import save_vae
 
 
 def test_pixels_survive_the_round_trip() -> None:

@@ -8,27 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference_model import Denoiser, build_model, heun_sampler
+from reference_model import Denoiser, heun_sampler
 from reference_model.folding import folded_weights
 from reference_model.judge import generate_in_parallel
 from reference_model.mp_layers import MPConv
 from reference_model.protocol import Protocol
+from tests.reference_model.test_network import small_net
 
 
-def make_net(label_dim: int = 0) -> Denoiser:
-    torch.manual_seed(0)
-    net = build_model(
+def make_net() -> Denoiser:
+    return small_net(
         img_resolution=4,
         img_channels=1,
-        label_dim=label_dim,
+        label_dim=0,
         model_channels=4,
-        channel_mult=(1, 2),
-        num_blocks=1,
         attn_resolutions=(),
         channels_per_head=4,
-    )
-    nn.init.ones_(net.unet.out.gain.weight)
-    return net.eval()
+    ).eval()
 
 
 def layers(net: nn.Module) -> list[MPConv]:

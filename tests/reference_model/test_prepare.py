@@ -11,15 +11,22 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from data_sets import edm_folder, pixels, write_images, write_labels, write_mnist, zipped
 from PIL import Image
-from small_vae import save_vae
 
 import reference_model.prepare as prepare_module
 from reference_model.cli import main
 from reference_model.data import load_dataset, open_source
 from reference_model.prepare import prepare
 from reference_model.prepare_pixels import as_mode, resize_and_crop
+from tests.reference_model.data_sets import (
+    edm_folder,
+    pixels,
+    write_images,
+    write_labels,
+    write_mnist,
+    zipped,
+)
+from tests.reference_model.small_vae import save_vae
 
 
 def everything(path: Path) -> np.ndarray:
