@@ -44,7 +44,7 @@ class Weights:
             checkpoint = load_checkpoint(self.run_dir)
             if checkpoint is None:
                 raise RunDirError(f"{self.run_dir} has no checkpoint yet; train first")
-            return {"raw": True, "t": checkpoint["nimg"]}
+            return {"run_id": checkpoint["ema"]["run_id"], "raw": True, "t": checkpoint["nimg"]}
         last = SnapshotStore(self.run_dir / SNAPSHOTS).list()[-1]
         t = last.t if self.t is None else self.t
         return {"run_id": last.run.run_id, "sigma_rel": self.sigma_rel, "t": t}

@@ -260,6 +260,16 @@ def test_a_guide_for_other_images_is_refused(
     assert message in " ".join(output.split())
 
 
+def test_raw_weights_of_two_runs_are_not_mixed(
+    trained: Path, unconditional: Path, tmp_path: Path
+) -> None:
+    """Neither the time nor any option tells them apart."""
+    options = ["--out", str(tmp_path), "--raw", "--seeds", "0", "--num-steps", "1", "--quiet"]
+    run("generate", "--run-dir", str(trained), *options)
+    output = run("generate", "--run-dir", str(unconditional), *options, status=1)
+    assert "was made with other options (weights.run_id " in " ".join(output.split())
+
+
 def test_raw_weights_have_no_other_time() -> None:
     with pytest.raises(ValueError, match="t must be None"):
         Weights(Path("run"), None, t=16)
