@@ -14,6 +14,7 @@ COMMANDS = {
     "reconstruct_throughput": ["--no-peers", "--case", "float16", "out4gb"],
     "solve_conditioning": ["--repeats", "1"],
     "snapshot_writing": [],
+    "model_speed": ["--case", "28x28"],
 }
 
 
@@ -33,7 +34,8 @@ def test_benchmark_runs_and_prints_a_row_for_this_library(name, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    wanted = "| kriging" if name == "solve_conditioning" else "| posthoc_ema"
+    wanted = {"solve_conditioning": "| kriging", "model_speed": "| reference_model"}
+    wanted = wanted.get(name, "| posthoc_ema")
     assert any(line.startswith("|") and wanted in line for line in done.stdout.splitlines())
     assert "bar:" not in done.stdout, "a tiny size must not be compared with the bars"
     assert _results() == before, "a quick run must not replace recorded results"
