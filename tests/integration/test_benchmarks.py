@@ -14,9 +14,14 @@ COMMANDS = {
     "reconstruct_throughput": ["--no-peers", "--case", "float16", "out4gb"],
     "solve_conditioning": ["--repeats", "1"],
     "snapshot_writing": [],
+    "model_speed": ["--case", "28x28"],
     "guidance": [],
 }
-ROWS = {"solve_conditioning": "| kriging", "guidance": "| σ_rel 0.25"}
+ROWS = {
+    "solve_conditioning": "| kriging",
+    "model_speed": "| reference_model",
+    "guidance": "| σ_rel 0.25",
+}
 SLOW = {"guidance"}
 
 
