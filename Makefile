@@ -38,13 +38,15 @@ bench-peers: $(STAMP) ## Install other EMA libraries into benchmarks/.peers, for
 	$(BIN)/python -m benchmarks.peers
 
 # The threads wait as in a training process: passive waiting would cost each update wake-ups.
-bench: $(STAMP) ## Run all benchmarks (a quiet machine, half an hour, 60 GB in BENCH_DIR).
+bench: $(STAMP) ## Run all benchmarks (a quiet machine, three quarters of an hour, 60 GB in BENCH_DIR).
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.tracker_overhead
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.reconstruct_throughput --dir $(BENCH_DIR)
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.snapshot_writing
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.solve_conditioning
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.model_speed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reconstruct_accuracy --dir $(BENCH_DIR)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peer_synthesis --dir $(BENCH_DIR)
+	$(BIN)/python -m benchmarks.guidance --dir $(BENCH_DIR)/guidance
 
 clean: ## Remove what make created.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

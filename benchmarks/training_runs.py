@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reference_model import build_model
-from reference_model.data import encode_pixels, load_digits
+from reference_model.data import load_dataset
+from reference_model.encoders import encode_pixels
 from reference_model.loss import EDM2Loss
 
 CONTEXT = 32  # bytes that the language models see
@@ -111,8 +112,8 @@ class Language:
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
-    images, labels = load_digits(split)  # type: ignore[arg-type]
-    return encode_pixels(images), labels
+    dataset = load_dataset("digits", split)  # type: ignore[arg-type]
+    return encode_pixels(dataset.read()), dataset.labels
 
 
 def _text() -> Tensor:

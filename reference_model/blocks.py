@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference_model.mp_layers import Gain, MPConv, MPFourier, mp_silu, mp_sum, normalize
+from reference_model.mp_layers import (
+    SILU_MAGNITUDE,
+    Gain,
+    MPConv,
+    MPFourier,
+    mp_silu,
+    mp_sum,
+    mp_sum_weights,
+)
+from reference_model.normalization import normalize
 
 if TYPE_CHECKING:
     from reference_model.configs import NetworkConfig
@@ -57,22 +66,31 @@ class MPResidual(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the result.
-        config: Embedding width and dropout.
+        config: Embedding width, dropout, and `res_balance`.
+        up: Whether the branch first doubles the resolution by repeating pixels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, config: NetworkConfig, *, up: bool = False
+    ) -> None:
         super().__init__()
+        _, share = mp_sum_weights(config.res_balance)
         self.emb_gain = Gain()
-        self.conv0 = MPConv(in_channels, out_channels, kernel=(3, 3))
+        # Convolutions carry the constants of MP-SiLU before them and of MP-Sum behind.
+        self.conv0 = MPConv(
+            in_channels, out_channels, kernel=(3, 3), factor=1 / SILU_MAGNITUDE, up=up
+        )
         self.emb_linear = MPConv(config.emb_channels, out_channels, kernel=())
-        self.conv1 = MPConv(out_channels, out_channels, kernel=(3, 3))
+        self.conv1 = MPConv(
+            out_channels, out_channels, kernel=(3, 3), factor=share / SILU_MAGNITUDE
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H, W]`."""
+        """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`, times its share."""
         scale = 1 + self.emb_gain(self.emb_linear(emb))  # (B, out)
-        y = self.conv0(mp_silu(x)) * scale[:, :, None, None].to(x.dtype)
-        return self.conv1(self.dropout(mp_silu(y)))
+        y = self.conv0(F.silu(x)) * scale[:, :, None, None].to(x.dtype)
+        return self.conv1(self.dropout(F.silu(y)))
 
 
 class MPAttention(nn.Module):
@@ -89,19 +107,26 @@ class MPAttention(nn.Module):
     def __init__(self, channels: int, config: NetworkConfig) -> None:
         super().__init__()
         self.heads = config.num_heads(channels)
-        self.balance = config.attn_balance
-        self.qkv = MPConv(channels, 3 * channels, kernel=(1, 1))
-        self.proj = MPConv(channels, channels, kernel=(1, 1))
+        self.share, share = mp_sum_weights(config.attn_balance)
+        self.qkv = MPConv(channels, 3 * channels, kernel=(1, 1), arrange=self._by_kind)
+        self.proj = MPConv(channels, channels, kernel=(1, 1), factor=share)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, H, W]` to the same shape."""
         batch, channels, height, width = x.shape
-        # Channel layout of qkv, slowest first: head, channel of the head, query/key/value.
-        y = self.qkv(x).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-        q, k, v = normalize(y, dim=2).transpose(2, 4).unbind(3)  # (B, heads, HW, C / heads)
+        y = self.qkv(x).permute(0, 2, 3, 1)  # (B, H, W, 3C), as channels-last stores it
+        y = y.reshape(batch, height * width, 3, self.heads, channels // self.heads)
+        q, k, v = normalize(y, dim=4).permute(2, 0, 3, 1, 4)  # (B, heads, HW, C / heads)
         y = F.scaled_dot_product_attention(q, k, v)  # logits divided by √(C / heads)
-        y = y.transpose(2, 3).reshape(x.shape)
-        return mp_sum(x, self.proj(y), t=self.balance)
+        y = y.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        return torch.add(self.proj(y), x, alpha=self.share)
+
+    def _by_kind(self, weight: Tensor) -> Tensor:
+        """Put queries, keys and values one after the other.
+
+        Stored is, slowest first: head, channel of the head, query/key/value.
+        """
+        return weight.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2)
 
 
 class MPEncoderBlock(nn.Module):
@@ -128,7 +153,7 @@ class MPEncoderBlock(nn.Module):
         down: bool = False,
     ) -> None:
         super().__init__()
-        self.res_balance = config.res_balance
+        self.share, _ = mp_sum_weights(config.res_balance)
         self.clip_act = config.clip_act
         self.down = down
         self.residual = MPResidual(out_channels, out_channels, config)
@@ -140,7 +165,7 @@ class MPEncoderBlock(nn.Module):
         if self.down:
             x = F.avg_pool2d(x, 2)
         x = normalize(self.skip(x), dim=1)
-        x = mp_sum(x, self.residual(x, emb), t=self.res_balance)
+        x = torch.add(self.residual(x, emb), x, alpha=self.share)
         return _clip(self.attention(x), self.clip_act)
 
 
@@ -168,19 +193,20 @@ class MPDecoderBlock(nn.Module):
         skip_channels: int = 0,
     ) -> None:
         super().__init__()
-        self.res_balance = config.res_balance
+        self.share, _ = mp_sum_weights(config.res_balance)
         self.clip_act = config.clip_act
         self.up = up
         self.skip_channels = skip_channels
-        self.residual = MPResidual(in_channels + skip_channels, out_channels, config)
+        self.residual = MPResidual(in_channels + skip_channels, out_channels, config, up=up)
         self.skip = _skip(in_channels + skip_channels, out_channels)
         self.attention = MPAttention(out_channels, config) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in + skip, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`."""
+        y = self.residual(x, emb)
         if self.up:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = mp_sum(self.skip(x), self.residual(x, emb), t=self.res_balance)
+        x = torch.add(y, self.skip(x), alpha=self.share)
         return _clip(self.attention(x), self.clip_act)
 
 
@@ -211,4 +237,5 @@ def _skip(in_channels: int, out_channels: int) -> nn.Module:
 
 def _clip(x: Tensor, limit: float | None) -> Tensor:
     """Clamp to ±`limit`: a guard against overflow in half precision, idle in practice."""
-    return x if limit is None else torch.clamp(x, -limit, limit)
+    # Unlike that of clamp, the gradient of hardtanh is a single pass.
+    return x if limit is None else F.hardtanh(x, -limit, limit, inplace=True)

@@ -25,6 +25,8 @@ CONFIG_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.pt"
 SNAPSHOTS = "ema"
 STATS_FILE = "stats.jsonl"
+CHANGEABLE = ("vae",)
+"""Fields of a run's config that training does not depend on."""
 
 
 class RunDirError(ValueError):
@@ -33,6 +35,8 @@ class RunDirError(ValueError):
 
 def start_run(run_dir: str | os.PathLike[str], config: TrainConfig) -> None:
     """Record the config in a new run directory, or check that the run there has the same.
+
+    What training does not depend on may change, and is recorded anew.
 
     Args:
         run_dir: Directory of the run; made if need be.
@@ -44,21 +48,23 @@ def start_run(run_dir: str | os.PathLike[str], config: TrainConfig) -> None:
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     wanted = config.to_dict()
-    if not (run_dir / CONFIG_FILE).exists():
-        text = json.dumps(wanted, indent=2) + "\n"
-        write_atomically(run_dir / CONFIG_FILE, lambda file: file.write(text.encode()))
-        return
-    started = load_config(run_dir).to_dict()
-    differences = [
-        f"{name}={old!r} (now {new!r})"
-        for name, (old, new) in _flatten_pair(started, wanted).items()
-        if old != new
-    ]
-    if differences:
-        raise RunDirError(
-            f"{run_dir} was started with {', '.join(differences)}; continue it with the same "
-            "options, or choose another run directory"
-        )
+    if (run_dir / CONFIG_FILE).exists():
+        pairs = _flatten_pair(load_config(run_dir).to_dict(), wanted)
+        changed = {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+        if not changed:
+            return
+        differences = [
+            f"{name}={old!r} (now {new!r})"
+            for name, (old, new) in changed.items()
+            if name not in CHANGEABLE
+        ]
+        if differences:
+            raise RunDirError(
+                f"{run_dir} was started with {', '.join(differences)}; continue it with the same "
+                "options, or choose another run directory"
+            )
+    text = json.dumps(wanted, indent=2) + "\n"
+    write_atomically(run_dir / CONFIG_FILE, lambda file: file.write(text.encode()))
 
 
 def load_config(run_dir: str | os.PathLike[str]) -> TrainConfig:
@@ -137,19 +143,26 @@ def load_network(
     return net.eval()
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], Any], *, durable: bool = True
+) -> None:
     """Write a file so that a crash at any instant leaves the old content or the new.
 
     Args:
         path: File to replace.
         write: Called with a binary file to write the content to.
+        durable: Whether to wait until it is on disk. Without, that holds for a killed process
+            but not for a power failure.
     """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     os.replace(temporary, path)
+    if not durable:
+        return
     # The rename itself is on disk only once the directory is.
     directory = os.open(path.parent, os.O_RDONLY)
     try:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference_model.checkpoint import write_atomically
-from reference_model.data import encode_pixels
+from reference_model.encoders import encode_pixels
 
 
 @dataclass(frozen=True)

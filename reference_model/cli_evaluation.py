@@ -10,11 +10,14 @@ from typing import Any
 
 import click
 
-from reference_model.cli_support import SigmaRels, errors_as_messages, run_dir_option
+from reference_model.cli_support import (
+    SigmaRels,
+    errors_as_messages,
+    json_option,
+    quiet_option,
+    run_dir_option,
+)
 from reference_model.protocol import Protocol
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 
 def protocol_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,20 @@ run_dir_option = click.option(
     help="Directory of the run.",
 )
 
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..."
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads; one is as fast as two for networks as small as the digits'.",
+)
+
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
@@ -51,3 +65,29 @@ class SigmaRels(click.ParamType):  # type: ignore[type-arg]
             return tuple(dict.fromkeys(float(number) for number in numbers))
         except (InvalidOperation, IndexError):
             self.fail(f"{value!r} is not of the form 0.05,0.1 or 0.01,0.02,...,0.25", param, ctx)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch's CPU threads; `None` leaves its choice."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def parse_numbers(text: str, what: str) -> list[int]:
+    """Read numbers and inclusive ranges: "0-3,10" is [0, 1, 2, 3, 10].
+
+    Raises:
+        click.UsageError: If the text is anything else.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            numbers += range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            raise click.UsageError(f"{what} must look like 0-63 or 1,5,9 (got {text!r})") from None
+    if not numbers:
+        raise click.UsageError(f"{what} must name at least one number (got {text!r})")
+    return numbers

@@ -24,6 +24,18 @@ LADDER = {
 AVAILABLE = ("G",)
 """Those that `build_model` can build."""
 
+DIGITS = "digits"
+"""The data set that is built in."""
+
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+"""Where Debian's package dataset-fashion-mnist puts its files."""
+
+HELD_OUT = 0.25
+"""Part of a data set that is kept apart to measure on, unless another is asked for."""
+
+PRECISIONS = ("float32", "float16", "bfloat16")
+"""Types of activations; weights, embedding, norms and loss are float32 with each."""
+
 
 def option(help: str, **default: Any) -> Any:
     """Declare a dataclass field with its help text for the command line."""
@@ -64,6 +76,10 @@ class NetworkConfig:
     clip_act: float | None = option("Bound on activations; none: unbounded.", default=256.0)
     sigma_data: float = option("Standard deviation of the data.", default=0.5)
     logvar_channels: int = option("Noise features of the uncertainty head.", default=128)
+    precision: str = option(
+        "Type of activations on GPUs: float32, float16 or bfloat16. CPUs compute in float32.",
+        default="float32",
+    )
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attn_resolutions"):
@@ -92,8 +108,17 @@ class NetworkConfig:
         for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1] (got {getattr(self, name)})")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)} (got {self.precision!r})"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1) (got {self.dropout})")
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of an image as the network takes it: `(C, H, W)`."""
+        return self.img_channels, self.img_resolution, self.img_resolution
 
     @property
     def noise_channels(self) -> int:
@@ -126,7 +151,24 @@ class TrainConfig:
     """Everything that determines a training run: equal configs give equal weights."""
 
     network: NetworkConfig
-    data: str = option("Data set: 'digits' is built in.", default="digits")
+    data: str = option(
+        "Data set: 'digits', which is built in, or the path of a folder or ZIP of images (or "
+        "latents), of MNIST-like IDX files, or of NPZ or NPY arrays.",
+        default=DIGITS,
+    )
+    held_out: float = option(
+        "Fraction of each class to measure on instead of training; sets with a test set use that; "
+        "0: measure on the training images.",
+        default=HELD_OUT,
+    )
+    encoder: str = option(
+        "How images become network input: rgb, space-to-depth (2×2 pixels as channels) or latents.",
+        default="rgb",
+    )
+    vae: str = option(
+        "Folder of the autoencoder that turns latents into pixels; training goes without.",
+        default="",
+    )
     seed: int = option("Seed of all random numbers.", default=0)
     batch_size: int = option("Images of one step.", default=2048)
     total_nimg: int = option("Length of training, in images.", default=2048 << 20)

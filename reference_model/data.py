@@ -1,15 +1,14 @@
-"""Training data: the embedded digits, the order in which they are seen, pixels as numbers.
+"""Training data: one interface to every kind of data set, and the two halves of each.
 
-The digits are the 1,797 images of the test set of "Optical Recognition of Handwritten Digits"
-(E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0), as scikit-learn's
-`load_digits` has them: 8×8 pixels, each the number of ink dots, 0 to 16, in a 4×4 cell.
+Where images come from is the business of the `data_*` modules: digits that come with the package,
+IDX files, folders and ZIPs, arrays. How they become network input is that of `encoders`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,129 +17,186 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-HELD_OUT_FRACTION = 0.25
-SPLIT_SEED = 0
+from reference_model.configs import DIGITS, FASHION_MNIST, HELD_OUT
+from reference_model.data_arrays import holds_arrays, open_arrays
+from reference_model.data_digits import open_digits
+from reference_model.data_idx import find_idx, open_idx
+from reference_model.data_images import open_files
+from reference_model.data_order import (
+    held_out_members,
+    sample_indices,
+    stream_noise,
+    stream_positions,
+)
+from reference_model.data_source import Source
+
+Split = Literal["train", "held_out"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images with classes, in memory.
+    """One half of a data set: images, uint8, or latents, float32, each with a class.
 
-    Attributes:
-        images: uint8 `[N, C, H, W]`.
-        labels: Class of each image, int64 `[N]`.
-        num_classes: Number of classes.
+    Args:
+        source: The whole set.
+        members: Which of its images this half has, int64 `[N]`.
     """
 
-    images: Tensor
-    labels: Tensor
-    num_classes: int
+    source: Source
+    members: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.members)
 
-    def batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return images `[B, C, H, W]` as float32 in [−1, 1] and one-hot classes `[B, K]`."""
-        chosen = torch.from_numpy(indices)
-        labels = F.one_hot(self.labels[chosen], self.num_classes).float()
-        return encode_pixels(self.images[chosen]), labels
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image or a latent."""
+        return self.source.shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 if the images have none."""
+        return self.source.num_classes
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Class of each image, int64 `[N]`; zeros if they have none."""
+        if self.source.labels is None:
+            return torch.zeros(len(self), dtype=torch.int64)
+        return torch.from_numpy(self.source.labels[self.members])
+
+    def read(self, indices: NDArray[np.int64] | None = None) -> Tensor:
+        """Return images by number.
+
+        Args:
+            indices: int64 `[B]`; `None` for all.
+
+        Returns:
+            uint8 `[B, C, H, W]`; of latents the means, float32.
+
+        Raises:
+            ValueError: If a file cannot be read, or is of another size.
+        """
+        stored = self.source.read(self.members if indices is None else self.members[indices])
+        return torch.from_numpy(stored[:, 0] if self.source.latent else stored)
+
+    def stream(
+        self, nimg: int, count: int, seed: int, *, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Return what an endless stream has at positions `nimg` to `nimg + count`.
+
+        It is a function of its arguments alone, see `sample_indices`. Latents are drawn anew each
+        time they come up: mean + std · ε, with ε from seed and position.
+
+        Args:
+            nimg: Images seen so far, by all processes.
+            count: Images wanted, by all processes.
+            seed: Seed of order and noise.
+            rank: Number of this process, from 0.
+            world_size: Number of processes.
+
+        Returns:
+            Images, uint8 `[B, C, H, W]` (latents: float32), and one-hot classes, float32 `[B, K]`.
+
+        Raises:
+            ValueError: If a file cannot be read, or is of another size.
+        """
+        indices = sample_indices(len(self), nimg, count, seed, rank, world_size)
+        images = self.source.read(self.members[indices])
+        if self.source.latent:
+            # Means, and standard deviations where there are any.
+            mean, std = images[:, 0], images[:, 1:]
+            positions = stream_positions(nimg, count, rank, world_size)
+            if std.size:
+                mean = mean + std[:, 0] * stream_noise(self.shape, positions, seed)
+            images = mean
+        return torch.from_numpy(images), self.one_hot(indices)
+
+    def one_hot(self, indices: NDArray[np.int64]) -> Tensor:
+        """Return classes by number of the image, one-hot, float32 `[B, K]`."""
+        if self.num_classes == 0:
+            return torch.zeros(len(indices), 0)
+        return F.one_hot(self.labels[torch.from_numpy(indices)], self.num_classes).float()
 
 
-def encode_pixels(images: Tensor) -> Tensor:
-    """Map uint8 to float32 in [−1, 1]: x / 127.5 − 1."""
-    return images.float() / 127.5 - 1
-
-
-def decode_pixels(x: Tensor) -> Tensor:
-    """Map [−1, 1] to uint8, rounding to nearest and clipping: inverse of `encode_pixels`."""
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def load_dataset(name: str, split: Literal["train", "held_out"] = "train") -> Dataset:
-    """Load a data set by name.
+def load_dataset(data: str, split: Split = "train", *, held_out: float = HELD_OUT) -> Dataset:
+    """Open one half of a data set.
 
     Args:
-        name: "digits", the one that is built in.
+        data: "digits", which is built in, or a path: see `open_source`.
         split: Images to train on, or those kept apart to measure on.
+        held_out: Fraction of each class to keep apart, always the same images. Sets with a test
+            set of their own use that instead. 0: both halves are the whole set, as where the paper
+            measures against all training images.
 
     Returns:
-        The data set.
+        The half.
 
     Raises:
-        ValueError: If there is no data set of this name.
-    """
-    if name != "digits":
-        problem = f"unknown data set {name!r}" if name else "no data set given"
-        raise ValueError(f"{problem}; 'digits' is built in")
-    images, labels = load_digits(split)
-    return Dataset(images, labels, num_classes=10)
-
-
-def load_digits(split: Literal["train", "held_out"] = "train") -> tuple[Tensor, Tensor]:
-    """Load the embedded handwritten digits.
-
-    Ink counts of 0 to 16 are stretched to 0 to 255 by round(255/16 · count), so that pixels
-    use the range that image data uses everywhere. A quarter of each class is held out, always
-    the same images.
-
-    Args:
-        split: "train" (1,345 images) or "held_out" (452 images).
-
-    Returns:
-        Images, uint8 `[N, 1, 8, 8]`, and classes, int64 `[N]`.
-
-    Raises:
-        ValueError: If `split` is neither.
-
-    Source:
-        UCI Optical Recognition of Handwritten Digits, https://doi.org/10.24432/C50P49.
+        ValueError: If nothing is there, it cannot be read, or the half is empty.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out' (got {split!r})")
-    with resources.files("reference_model").joinpath("digits.npz").open("rb") as file:
-        stored = np.load(file)
-        ink, labels = stored["images"], stored["labels"]
-    held_out = _held_out(labels)
-    chosen = held_out if split == "held_out" else ~held_out
-    images = np.rint(ink[chosen] * (255 / 16)).astype(np.uint8)
-    return torch.from_numpy(images[:, None]), torch.from_numpy(labels[chosen].astype(np.int64))
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must lie in [0, 1) (got {held_out})")
+    source = open_source(data)
+    if source.held_out is not None:
+        chosen = source.held_out == (split == "held_out")
+    elif held_out == 0:
+        chosen = np.ones(source.size, dtype=bool)
+    else:
+        labels = np.zeros(source.size, np.int64) if source.labels is None else source.labels
+        chosen = held_out_members(labels, held_out) == (split == "held_out")
+    if not chosen.any():
+        raise ValueError(
+            f"the {split} half of {source.where} is empty: its classes have too few images for "
+            f"held_out={held_out:g} to leave one in each half"
+        )
+    return Dataset(source, np.flatnonzero(chosen))
 
 
-def _held_out(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Choose the same fraction of each class, by a fixed seed."""
-    rng = np.random.default_rng(SPLIT_SEED)
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        held_out[members[: round(len(members) * HELD_OUT_FRACTION)]] = True
-    return held_out
-
-
-def sample_indices(dataset_size: int, nimg: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Return which images come at positions `nimg` to `nimg + count` of an endless stream.
-
-    The stream is one shuffle of the data set after another. It is a function of its arguments
-    alone, so a run resumes from the number of images seen and stores nothing else.
+def open_source(data: str) -> Source:
+    """Open a whole data set, of the kind that is found at a path.
 
     Args:
-        dataset_size: Number of images N.
-        nimg: Images seen so far.
-        count: Images wanted.
-        seed: Seed of the shuffles.
+        data: "digits"; a ZIP, or a folder searched at every depth, of images or latents
+            (`data_images`); IDX files (`data_idx`); NPZ or NPY arrays (`data_arrays`).
 
     Returns:
-        Indices in `[0, N)`, int64 `[count]`.
+        The set.
+
+    Raises:
+        ValueError: If nothing is there, or it cannot be read.
     """
-    pieces = []
-    while count > 0:
-        epoch, offset = divmod(nimg, dataset_size)
-        piece = _shuffle(dataset_size, seed, epoch)[offset : offset + count]
-        pieces.append(piece)
-        nimg, count = nimg + len(piece), count - len(piece)
-    return np.concatenate(pieces)
+    kind = recognise(data)
+    if kind == "digits":
+        return open_digits()
+    path = Path(data).expanduser()
+    return {"idx": open_idx, "arrays": open_arrays, "files": open_files}[kind](path)
 
 
-@lru_cache(maxsize=4)
-def _shuffle(dataset_size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Order of one epoch; PCG64 and SeedSequence are stable across numpy versions."""
-    return np.random.default_rng((seed, epoch)).permutation(dataset_size)
+def recognise(data: str) -> Literal["digits", "idx", "arrays", "files"]:
+    """Say of which kind a data set is; arguments and errors as those of `open_source`."""
+    if data == DIGITS:
+        return "digits"
+    if not data:
+        raise ValueError(f"no data set given; {DIGITS!r} is built in, others are given by path")
+    path = Path(data).expanduser()
+    if not path.exists():
+        hint = ""
+        if data == FASHION_MNIST:
+            hint = " (on Debian, `apt-get install dataset-fashion-mnist` puts it there)"
+        raise ValueError(
+            f"there is no data set at {data!r}{hint}; give {DIGITS!r}, which is built in, or the "
+            "path of a folder or ZIP of images, of IDX files, or of NPZ or NPY arrays"
+        )
+    if find_idx(path):
+        return "idx"
+    if holds_arrays(path):
+        return "arrays"
+    if path.is_dir() or path.suffix == ".zip":
+        return "files"
+    raise ValueError(
+        f"{data!r} is no data set: expected a folder, a .zip, .npz or .npy file, or IDX files "
+        "named as those of MNIST (train-images-idx3-ubyte, .gz or not)"
+    )

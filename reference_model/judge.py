@@ -6,17 +6,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reference_model.classifier import ClassifierConfig, cached_classifier
-from reference_model.data import load_dataset
+from reference_model.configs import TrainConfig
+from reference_model.data import Dataset, load_dataset
+from reference_model.encoders import PIXELS, Encoder, make_encoder
+from reference_model.folding import folded_weights
 from reference_model.metrics import FeatureStatistics, frechet_distance, mean_and_error
 from reference_model.protocol import Protocol
-from reference_model.sampler import generate_images
+from reference_model.sampler import evaluating, generate_images
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,20 @@ class Score:
         return mean_and_error(self.distances)[1]
 
 
+class Pixels(NamedTuple):
+    """Images, uint8 ``[N, C, H, W]``, and their classes, int64 ``[N]``."""
+
+    images: Tensor
+    labels: Tensor
+
+
 def generate_in_parallel(
-    net: Any, protocol: Protocol, repeat: int, classes: Tensor | None = None
+    net: Any,
+    protocol: Protocol,
+    repeat: int,
+    classes: Tensor | None = None,
+    encoder: Encoder = PIXELS,
+    **sampler_options: Any,
 ) -> Tensor:
     """Images of one repeat, with a batch on each CPU thread at a time.
 
@@ -55,6 +70,8 @@ def generate_in_parallel(
         protocol: What is generated and how.
         repeat: Which repeat, counted from 0.
         classes: Class of each image, int64 ``[images]``; not used by an unconditional network.
+        encoder: Turns network output into pixels.
+        **sampler_options: As `image_batches` takes them: guidance, for example.
 
     Returns:
         uint8 ``[images, C, H, W]``.
@@ -69,60 +86,69 @@ def generate_in_parallel(
             None if labels is None else labels[batch],
             batch_size=protocol.batch_size,
             num_steps=protocol.num_steps,
+            encoder=encoder,
+            **sampler_options,
         )
 
     starts = range(0, len(seeds), protocol.batch_size)
     threads = torch.get_num_threads()
     if next(net.parameters()).device.type != "cpu" or threads == 1:
         return torch.cat([generate(start) for start in starts])
-    was_training = net.training
-    net.eval()  # before the threads share it
+    nets = (net, sampler_options.get("gnet"))
     torch.set_num_threads(1)  # of each thread of the pool
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        # Before the threads share them; in each sampler alone, others would find them unfolded.
+        with evaluating(*nets), folded_weights(*nets), ThreadPoolExecutor(threads) as pool:
             return torch.cat(list(pool.map(generate, starts)))
     finally:
         torch.set_num_threads(threads)
-        net.train(was_training)
 
 
 class Judge:
     """Compares images with a data set's held-out images, in a classifier's feature space.
 
     Args:
-        data: Name of the data set.
+        config: The run's config: its data set, and how pixels become network input.
         protocol: What is generated and how.
         cache_dir: Where the classifier is kept once trained.
         classifier: How the classifier is built and trained.
         progress: Whether to show a progress bar if the classifier must be trained.
 
     Attributes:
+        encoder: Turns network output into pixels.
         digest: Identifies classifier and training data; scores under another are not comparable.
         accuracy: Of the classifier on the held-out images.
     """
 
     def __init__(
         self,
-        data: str,
+        config: TrainConfig,
         protocol: Protocol,
         cache_dir: str | Path,
         *,
         classifier: ClassifierConfig | None = None,
         progress: bool = True,
     ) -> None:
-        config = classifier or ClassifierConfig()
-        if protocol.images <= config.num_features:
+        classifier = classifier or ClassifierConfig()
+        if protocol.images <= classifier.num_features:
             # Refused by the distance too, but after minutes of training and sampling.
             raise ValueError(
-                f"a Fréchet distance of {config.num_features} features needs at least "
-                f"{config.num_features + 1} images in each repeat (got {protocol.images})"
+                f"a Fréchet distance of {classifier.num_features} features needs at least "
+                f"{classifier.num_features + 1} images in each repeat (got {protocol.images})"
             )
         self.protocol = protocol
-        self._train = load_dataset(data, "train")
-        self._held_out = load_dataset(data, "held_out")
-        self.num_classes = self._train.num_classes
+        self.encoder = make_encoder(config.encoder, config.vae)
+        self._train = self._pixels(load_dataset(config.data, "train", held_out=config.held_out))
+        held_out = load_dataset(config.data, "held_out", held_out=config.held_out)
+        self._held_out = self._pixels(held_out)
+        self.num_classes = held_out.num_classes
+        if self.num_classes == 0:
+            raise ValueError(
+                f"{config.data} has no classes, and this measure is a classifier's; give the "
+                "images classes"
+            )
         self._classifier, self.digest = cached_classifier(
-            config, self._train.images, self._train.labels, cache_dir, progress=progress
+            classifier, self._train.images, self._train.labels, cache_dir, progress=progress
         )
         self.accuracy = self._classifier.accuracy(self._held_out.images, self._held_out.labels)
         self._reference = self._statistics(self._classifier.describe(self._held_out.images)[0])
@@ -133,8 +159,8 @@ class Judge:
             "digest": self.digest,
             "features": self._reference.dim,
             "accuracy": self.accuracy,
-            "train_images": len(self._train),
-            "held_out_images": len(self._held_out),
+            "train_images": len(self._train.images),
+            "held_out_images": len(self._held_out.images),
         }
 
     def judge(self, images: Tensor, classes: Tensor) -> tuple[float, Tensor]:
@@ -155,7 +181,10 @@ class Judge:
         )
 
     def score(
-        self, net: Any, on_repeat: Callable[[Tensor, Tensor], object] = lambda images, read: None
+        self,
+        net: Any,
+        on_repeat: Callable[[Tensor, Tensor], object] = lambda images, read: None,
+        **sampler_options: Any,
     ) -> Score:
         """Generate images by the protocol and measure them.
 
@@ -163,12 +192,15 @@ class Judge:
             net: A network as `generate_images` takes it.
             on_repeat: Called after each repeat with its images, uint8 ``[N, C, H, W]``, and
                 the classes that they are read as, int64 ``[N]``.
+            **sampler_options: As `image_batches` takes them: guidance, for example.
         """
         protocol = self.protocol
         classes = torch.tensor(protocol.classes(self.num_classes))
         distances, agreement = [], []
         for repeat in range(protocol.repeats):
-            images = generate_in_parallel(net, protocol, repeat, classes)
+            images = generate_in_parallel(
+                net, protocol, repeat, classes, self.encoder, **sampler_options
+            )
             distance, read_as = self.judge(images, classes)
             distances.append(distance)
             agreement.append(float((read_as == classes).double().mean()))
@@ -205,6 +237,15 @@ class Judge:
             chosen.append(members[c][used[c] % len(members[c])])
             used[c] += 1
         return self._held_out.images[torch.tensor(chosen)]
+
+    def _pixels(self, dataset: Dataset) -> Pixels:
+        """All images of a data set, latents decoded."""
+        images = dataset.read()
+        if images.is_floating_point():
+            batches = images.split(self.protocol.batch_size)
+            decoded = [self.encoder.decode(self.encoder.encode(z)) for z in batches]
+            images = torch.cat(decoded)
+        return Pixels(images, dataset.labels)
 
     def _statistics(self, features: Any) -> FeatureStatistics:
         statistics = FeatureStatistics(features.shape[1])

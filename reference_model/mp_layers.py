@@ -8,38 +8,16 @@ uncorrelated. Equation numbers are those of Karras et al. 2024, arXiv:2312.02696
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference_model.normalization import EPS, normalize, root_mean_square
+
 # √E[silu(x)²] for x ~ N(0, 1) is 0.59647; the paper rounds it (Eq. 81).
 SILU_MAGNITUDE = 0.596
-
-
-def normalize(x: Tensor, dim: int | Sequence[int], eps: float = 1e-4) -> Tensor:
-    """Divide by the root mean square over `dim`, so that what remains has RMS one.
-
-    `eps` is added to the RMS itself, not under the root (Algorithm 1, where Eq. 30 puts it
-    inside; they differ for tiny inputs only). The norm is taken in float32 at least, since
-    squares of half-precision numbers overflow.
-
-    Args:
-        x: Tensor of any shape and floating dtype.
-        dim: Dimensions that share one norm: 1 for pixel normalisation of `[B, C, H, W]`.
-        eps: Keeps an all-zero slice finite.
-
-    Returns:
-        Tensor of the same shape and dtype.
-
-    Source:
-        arXiv:2312.02696, Eq. 30 and Algorithm 1.
-    """
-    norm_dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=norm_dtype)
-    elements_per_norm = x.numel() / norm.numel()
-    return x / (norm / math.sqrt(elements_per_norm) + eps).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -47,9 +25,16 @@ def mp_silu(x: Tensor) -> Tensor:
     return F.silu(x) / SILU_MAGNITUDE
 
 
+def mp_sum_weights(t: float) -> tuple[float, float]:
+    """Weights of the two summands of `mp_sum`."""
+    norm = math.sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) / norm, t / norm
+
+
 def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     """Weighted sum of two uncorrelated tensors; `t` is the share of `b` (Eq. 88)."""
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+    weight_a, weight_b = mp_sum_weights(t)
+    return torch.add(weight_b * b, a, alpha=weight_a)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -70,7 +55,9 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     scale = math.sqrt((channels_a + channels_b) / ((1 - t) ** 2 + t**2))
     scale_a = scale * (1 - t) / math.sqrt(channels_a)
     scale_b = scale * t / math.sqrt(channels_b)
-    return torch.cat([a * scale_a, b * scale_b], dim=1)
+    # Parts of equal width at t = ½ stay what they are, but for rounding.
+    parts = ((a, scale_a), (b, scale_b))
+    return torch.cat([x if abs(s - 1) < 1e-15 else x * s for x, s in parts], dim=1)
 
 
 class MPConv(nn.Module):
@@ -80,38 +67,93 @@ class MPConv(nn.Module):
     gradient, at every use. Each training-mode forward first overwrites the stored weight by
     its normalised self (Algorithm 1): this keeps the effective learning rate tied to the
     schedule, since Adam's update then always meets a weight of the same size. Evaluation
-    leaves the stored weight alone, so averages of weights pass through unchanged.
+    leaves the stored weight alone, so averages of weights pass through unchanged; under
+    `folding.folded_weights` it normalises once for many uses.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel: `(height, width)`, odd, padded to keep the resolution; `()` is a linear layer.
+        factor: Magnitude of the output for unit input. Constants that precede or follow the
+            layer cost nothing as part of its weight.
+        up: Whether to first double the resolution by repeating pixels; for kernels of 3×3.
+        arrange: Reorders the output channels of the normalised weight.
 
     Source:
         arXiv:2312.02696, Eq. 47, Eq. 66 and Algorithm 1.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, ...],
+        *,
+        factor: float = 1.0,
+        up: bool = False,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.factor = factor
+        self.up = up
+        self.arrange = arrange
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.folded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, in]` or `[B, in, H, W]` to the same with `out` channels."""
-        over_inputs = tuple(range(1, self.weight.ndim))
-        if self.training:
-            with torch.no_grad():
-                self.weight.copy_(normalize(self.weight, over_inputs))
-        # 1/√fan_in on top of RMS one makes each output channel's weight vector of unit norm.
-        fan_in = self.weight[0].numel()
-        weight = (normalize(self.weight, over_inputs) / math.sqrt(fan_in)).to(x.dtype)
+        weight = self.folded
+        # A folded weight is a constant: where gradients are recorded it would hide them.
+        if weight is None or self.training or torch.is_grad_enabled():
+            weight = self.kernel()
+        weight = weight.to(x.dtype)
         if weight.ndim == 2:
             return x @ weight.t()
+        if self.up:
+            return F.conv_transpose2d(x, weight, stride=2, padding=1)
+        if weight.shape[2:] == (1, 1):  # a matrix product, with pixels last as they are stored
+            return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    def kernel(self) -> Tensor:
+        """Normalise the weight, in training the stored one too, and arrange it for use."""
+        over_inputs = tuple(range(1, self.weight.ndim))
+        rms = None
+        if self.training:
+            with torch.no_grad():
+                rms = root_mean_square(self.weight, over_inputs)
+                divisor = rms + EPS
+                self.weight.div_(divisor)
+                rms /= divisor  # of the new weight
+        # 1/√fan_in on top of RMS one makes each output channel's weight vector of unit norm.
+        factor = self.factor / math.sqrt(self.weight[0].numel())
+        weight = normalize(self.weight, over_inputs, rms=rms, factor=factor)
+        if self.arrange is not None:
+            weight = self.arrange(weight)
+        return repeat_kernel(weight) if self.up else weight
 
     def extra_repr(self) -> str:
         """Shape in the printed module tree."""
         out_channels, in_channels, *kernel = self.weight.shape
         return f"{in_channels}, {out_channels}, kernel={tuple(kernel)}"
+
+
+def repeat_kernel(weight: Tensor) -> Tensor:
+    """Merge a 3×3 convolution with the repetition of pixels that precedes it.
+
+    Repeating each pixel 2×2 is a transposed convolution with a kernel of ones; the two in a
+    row are one with a kernel of 4×4. It multiplies 16 times for each input pixel and pair of
+    channels instead of 4 · 9 times.
+
+    Args:
+        weight: `[out, in, 3, 3]`.
+
+    Returns:
+        `[in, out, 4, 4]`, for `conv_transpose2d` with stride 2 and padding 1.
+    """
+    flipped = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    rows = flipped[:, :, 1:] + flipped[:, :, :-1]
+    return rows[..., 1:] + rows[..., :-1]
 
 
 class MPFourier(nn.Module):

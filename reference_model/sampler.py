@@ -1,9 +1,10 @@
-"""Sampling: the Heun solver with churn and guidance, and images from seeds."""
+"""Sampling: solvers with churn and guidance, and images from seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_model.data import decode_pixels
+from reference_model.encoders import PIXELS, Encoder
+from reference_model.folding import folds_weights, networks_in
+from reference_model.guidance import as_guides, guided
 
 
 def sigma_steps(
@@ -49,13 +52,14 @@ def sigma_steps(
 
 
 @torch.no_grad()
+@folds_weights
 def heun_sampler(
     net: Any,
     noise: Tensor,
     class_labels: Tensor | None = None,
     gnet: Any = None,
-    guidance: float = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
+    guidance: float | Sequence[float] = 1.0,
+    guidance_interval: Any = None,
     num_steps: int = 32,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
@@ -65,20 +69,26 @@ def heun_sampler(
     S_max: float = math.inf,
     S_noise: float = 1.0,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
+    second_order: bool = True,
 ) -> Tensor:
-    """Turn noise into images by solving dx/dσ = (x − D(x; σ)) / σ from σ_max to 0.
+    """Turn noise into samples by solving dx/dσ = (x − D(x; σ)) / σ from σ_max to 0.
 
     Second order except for the last step, which is Euler: 2·num_steps − 1 evaluations.
-    Guidance replaces D by w·D_net + (1 − w)·D_gnet.
+    Guidance replaces D by D + (w − 1)·(D − D_gnet) = w·D + (1 − w)·D_gnet, and several guides add
+    up. A guide is evaluated only where it acts.
 
     Args:
         net: Denoiser, called as `net(x, sigma, class_labels)`; in evaluation mode, unless
             its stored weights may be normalised in place.
-        noise: Unit normal, `[B, C, H, W]`; its dtype is that of the whole computation.
-        class_labels: One-hot, `[B, label_dim]`, or `None`; passed to both networks.
-        gnet: Guiding denoiser: an unconditional network, or a worse version of `net`.
-        guidance: w; 1 is no guidance, and `gnet` is then not evaluated.
-        guidance_interval: Guide only evaluations at noise levels σ in `(lo, hi]`.
+        noise: Unit normal, `[B, C, H, W]` (any shape after B that the networks take); its dtype
+            is that of the whole computation.
+        class_labels: One-hot, `[B, label_dim]`, or `None`; passed to all networks.
+        gnet: Guiding denoiser: an unconditional network, or a worse version of `net`; or a list
+            of several.
+        guidance: w; 1 is no guidance, and `gnet` is then not evaluated. For several guides one
+            for each.
+        guidance_interval: Guide only evaluations at noise levels σ in `(lo, hi]`. For several
+            guides one for all, or a list with one (or `None`) for each.
         num_steps: Solver steps.
         sigma_min: Last noise level above zero.
         sigma_max: First noise level.
@@ -88,31 +98,18 @@ def heun_sampler(
         S_max: Highest noise level at which noise is added.
         S_noise: Standard deviation of the added noise, relative to what keeps σ.
         randn_like: Source of the added noise.
+        second_order: Whether to correct each step; `euler_sampler` does not.
 
     Returns:
-        Images, `[B, C, H, W]`, dtype of `noise`.
+        Samples, shape and dtype of `noise`.
 
     Raises:
         ValueError: If guidance is asked for without `gnet`, or levels are out of order.
 
     Source:
-        Karras et al. 2022, arXiv:2206.00364, Algorithm 2; guidance interval of Kynkäänniemi
-        et al. 2024, arXiv:2404.07724.
+        Karras et al. 2022, arXiv:2206.00364, Algorithm 2; guidance as `guidance.guided` has it.
     """
-    if guidance != 1 and gnet is None:
-        raise ValueError(
-            f"guidance={guidance} needs a network to guide with; pass gnet, or guidance=1"
-        )
-    guided_low, guided_high = guidance_interval or (0.0, math.inf)
-
-    def slope(x: Tensor, sigma: float) -> Tensor:
-        """dx/dσ at one noise level."""
-        sigmas = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        denoised = net(x, sigmas, class_labels).to(x.dtype)
-        if guidance != 1 and guided_low < sigma <= guided_high:
-            denoised = gnet(x, sigmas, class_labels).to(x.dtype).lerp(denoised, guidance)
-        return (x - denoised) / sigma
-
+    denoise = guided(net, as_guides(gnet, guidance, guidance_interval), class_labels)
     steps = sigma_steps(num_steps, sigma_min, sigma_max, rho).tolist()
     x = noise * steps[0]
     for i, (sigma, sigma_next) in enumerate(pairwise(steps)):
@@ -121,13 +118,34 @@ def heun_sampler(
             sigma_hat = sigma * (1 + min(S_churn / num_steps, math.sqrt(2) - 1))
             x = x + math.sqrt(sigma_hat**2 - sigma**2) * S_noise * randn_like(x)
             sigma = sigma_hat
-        d = slope(x, sigma)
+        d = (x - denoise(x, sigma)) / sigma
         x_next = x + (sigma_next - sigma) * d
-        if i < num_steps - 1:
-            d_next = slope(x_next, sigma_next)
+        if second_order and i < num_steps - 1:
+            d_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
             x_next = x + (sigma_next - sigma) * (d + d_next) / 2
         x = x_next
     return x
+
+
+def euler_sampler(
+    net: Any, noise: Tensor, class_labels: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Solve the same equation at first order: num_steps evaluations, and larger errors.
+
+    Args:
+        net: As in `heun_sampler`.
+        noise: As in `heun_sampler`.
+        class_labels: As in `heun_sampler`.
+        **options: As in `heun_sampler`.
+
+    Returns:
+        Samples, shape and dtype of `noise`.
+    """
+    return heun_sampler(net, noise, class_labels, **options, second_order=False)
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"heun": heun_sampler, "euler": euler_sampler}
+"""Samplers by name."""
 
 
 class SeededNoise:
@@ -159,59 +177,111 @@ def generate_images(
     class_labels: Tensor | int | None = None,
     *,
     batch_size: int = 64,
-    num_steps: int = 32,
+    encoder: Encoder = PIXELS,
     progress: bool = False,
-    **sampler_options: Any,
+    **options: Any,
 ) -> Tensor:
     """Generate one image for each seed, the same whatever the batch size.
 
+    The noise of an image depends on its seed alone, to the bit. The network's sums need not: torch
+    may add up in another order for another batch size, which changes the last bits of float32, and
+    now and then a pixel by one level of 255.
+
     Args:
-        net: A `Denoiser`; put in evaluation mode while this runs.
+        net: A `Denoiser`; in evaluation mode while this runs, as are guiding networks.
         seeds: One non-negative integer for each of the N images.
         class_labels: Class of each image, int64 `[N]`; or one class for all; `None` draws a
             class for each image from its seed.
         batch_size: Images denoised at once: a matter of memory and speed only.
-        num_steps: Solver steps; 2·num_steps − 1 network evaluations.
+        encoder: Turns network output into pixels: that which the network was trained with.
         progress: Whether to show a progress bar.
-        **sampler_options: Passed to `heun_sampler`, except noise and labels.
+        **options: As in `image_batches`.
 
     Returns:
-        uint8 `[N, C, H, W]`, on the CPU.
+        Pixels, uint8 `[N, C', H', W']`, on the CPU.
 
     Raises:
         ValueError: If classes and seeds do not agree in number, or a class does not exist.
     """
+    images = []
+    with tqdm(total=len(seeds), desc="generate", unit="img", disable=not progress) as bar:
+        options = {"batch_size": batch_size, "encoder": encoder, **options}
+        for batch, _ in image_batches(net, seeds, class_labels, **options):
+            images.append(batch)
+            bar.update(len(batch))
+    return torch.cat(images) if images else encoder.decode(torch.empty(0, *net.config.input_shape))
+
+
+def image_batches(
+    net: Any,
+    seeds: Sequence[int],
+    class_labels: Tensor | int | None = None,
+    *,
+    batch_size: int = 64,
+    encoder: Encoder = PIXELS,
+    sampler: str = "heun",
+    gnet: Any = None,
+    **sampler_options: Any,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Generate the images of `generate_images` batch by batch, in the order of the seeds.
+
+    Args:
+        net: As in `generate_images`.
+        seeds: As in `generate_images`.
+        class_labels: As in `generate_images`.
+        batch_size: As in `generate_images`.
+        encoder: As in `generate_images`.
+        sampler: One of `SAMPLERS`.
+        gnet: Guiding network, or a list of several.
+        **sampler_options: Passed to the sampler, except noise and labels.
+
+    Yields:
+        Pixels, uint8 `[B, C', H', W']` on the CPU, and their classes, int64 `[B]`, or `None` for an
+        unconditional network.
+
+    Raises:
+        ValueError: As `generate_images`; or if there is no such sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)} (got {sampler!r})")
     config = net.config
     seeds = list(seeds)
     classes = _check_classes(class_labels, len(seeds), config.label_dim)
     device = next(net.parameters()).device
-    shape = (config.img_channels, config.img_resolution, config.img_resolution)
 
-    was_training = net.training
-    net.eval()
-    images = []
-    try:
-        starts = range(0, len(seeds), batch_size)
-        for start in tqdm(starts, desc="generate", unit="batch", disable=not progress):
+    with evaluating(net, gnet):
+        for start in range(0, len(seeds), batch_size):
             batch = slice(start, start + batch_size)
             rng = SeededNoise(seeds[batch])
-            noise = rng.randn(shape)  # before the class, so that both depend on the seed alone
-            labels = None
+            noise = rng.randn(
+                config.input_shape
+            )  # before the class, so that both depend on the seed alone
+            chosen = labels = None
             if config.label_dim:
-                drawn = rng.randint(config.label_dim) if classes is None else classes[batch]
-                labels = torch.nn.functional.one_hot(drawn, config.label_dim).float().to(device)
-            x = heun_sampler(
+                chosen = rng.randint(config.label_dim) if classes is None else classes[batch]
+                labels = torch.nn.functional.one_hot(chosen, config.label_dim).float().to(device)
+            x = SAMPLERS[sampler](
                 net,
                 noise.to(device),
                 labels,
-                num_steps=num_steps,
+                gnet=gnet,
                 randn_like=rng.randn_like,
                 **sampler_options,
             )
-            images.append(decode_pixels(x).cpu())
+            yield encoder.decode(x).cpu(), chosen
+
+
+@contextmanager
+def evaluating(*nets: Any) -> Iterator[None]:
+    """Put networks, and those in lists of them, in evaluation mode while the context lasts."""
+    modes = [(module, module.training) for module in networks_in(nets)]
+    for module, _ in modes:
+        module.eval()
+    try:
+        yield
     finally:
-        net.train(was_training)
-    return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8)
+        for module, was_training in modes:
+            module.train(was_training)
 
 
 def _check_classes(class_labels: Tensor | int | None, count: int, label_dim: int) -> Tensor | None:

@@ -75,7 +75,7 @@ def sweep(
     checkpoint = load_checkpoint(run_dir)
     if checkpoint is None:
         raise RunDirError(f"{run_dir} has no checkpoint yet; train first")
-    judge = Judge(config.data, protocol, run_dir, progress=progress)
+    judge = Judge(config, protocol, run_dir, progress=progress)
     record = _open_record(run_dir, judge, protocol)
 
     wanted: list[float | None] = [None, *sorted({float(s) for s in sigma_rels})]
@@ -91,7 +91,7 @@ def sweep(
         record.inputs = tuple((t, profile.sigma_rel) for t, profile in made[0].inputs)
         tracked = direct_averages(checkpoint, config.direct_sigma_rel)
         checks = {s: r for s, r in weights.items() if s in tracked}
-        direct = _check_directly(run_dir, protocol, checks, tracked, progress)
+        direct = _check_directly(run_dir, judge, checks, tracked, progress)
     if not record.real:
         record.real = judge.score_real().distances
         _save_sheet(run_dir, REAL, judge.real_images(record.shown))
@@ -129,7 +129,7 @@ def evaluate(
         As :func:`sweep`.
     """
     run_dir, protocol = Path(run_dir), protocol or Protocol()
-    judge = Judge(load_config(run_dir).data, protocol, run_dir, progress=progress)
+    judge = Judge(load_config(run_dir), protocol, run_dir, progress=progress)
     weights = None
     if sigma_rel is not None:
         made = reconstruct(run_dir / SNAPSHOTS, sigma_rel, framework="torch", progress=progress)
@@ -236,7 +236,7 @@ def _measure(
 
 def _check_directly(
     run_dir: Path,
-    protocol: Protocol,
+    judge: Judge,
     made: Mapping[float, Reconstruction],
     tracked: Mapping[float, Mapping[str, Tensor]],
     progress: bool,
@@ -246,7 +246,8 @@ def _check_directly(
         return {}
     lengths = list(made)
     by_paper = reconstruct(run_dir / SNAPSHOTS, lengths, framework="torch", method="paper")
-    seeds = protocol.seeds(0)[:SHOWN_IMAGES]
+    seeds = judge.protocol.seeds(0)[:SHOWN_IMAGES]
+    options: dict[str, Any] = {"num_steps": judge.protocol.num_steps, "encoder": judge.encoder}
     checks: dict[float, DirectCheck] = {}
     pairs = zip(lengths, by_paper, strict=True)
     bar = tqdm(pairs, desc="compare with tracked averages", total=len(made), disable=not progress)
@@ -257,7 +258,7 @@ def _check_directly(
             net = load_network(run_dir, weights)
             classes = torch.arange(len(seeds)) % max(net.config.label_dim, 1)
             labels = classes if net.config.label_dim else None
-            images.append(generate_images(net, seeds, labels, num_steps=protocol.num_steps))
+            images.append(generate_images(net, seeds, labels, **options))
         _save_sheet(run_dir, f"direct_{label(sigma_rel)}", images[1])
         difference = (images[0].double() - images[1].double()).abs().mean()
         checks[sigma_rel] = DirectCheck(

@@ -27,7 +27,8 @@ from reference_model.checkpoint import (
     write_atomically,
 )
 from reference_model.configs import TrainConfig
-from reference_model.data import Dataset, load_dataset, sample_indices
+from reference_model.data import Dataset, load_dataset
+from reference_model.encoders import Encoder, make_encoder
 from reference_model.loss import EDM2Loss
 from reference_model.lr_schedule import learning_rate
 from reference_model.precond import Denoiser
@@ -68,8 +69,9 @@ def train(
     """
     if ema_sigma_rel is not None:
         config = replace(config, ema_sigma_rel=tuple(ema_sigma_rel))
-    dataset = load_dataset(config.data)
-    check_fit(config, dataset)
+    dataset = load_dataset(config.data, held_out=config.held_out)
+    encoder = make_encoder(config.encoder, config.vae)
+    check_fit(config, dataset, encoder)
     run_dir = Path(run_dir)
     start_run(run_dir, config)
 
@@ -125,9 +127,8 @@ def train(
             # Noise and dropout depend on the position in training alone, not on how it came
             # to be there, so that a resumed run repeats them.
             torch.manual_seed(iteration_seed(config.seed, nimg))
-            images, labels = dataset.batch(
-                sample_indices(len(dataset), nimg, batch_size, config.seed)
-            )
+            images, labels = dataset.stream(nimg, batch_size, config.seed)
+            x = encoder.encode(images.to(device))
             lr = learning_rate(
                 nimg, batch_size, config.ref_lr, config.ref_batches, config.rampup_nimg
             )
@@ -135,7 +136,7 @@ def train(
                 group["lr"] = lr
 
             # The gradient is that of the sum over pixels, averaged over images.
-            loss = loss_fn(net, images.to(device), labels.to(device))
+            loss = loss_fn(net, x, labels.to(device))
             optimizer.zero_grad(set_to_none=True)
             (loss.sum() * (config.loss_scaling / batch_size)).backward()
             bad_gradients += zero_bad_gradients(net)
@@ -191,19 +192,25 @@ def passed_multiple(nimg: int, step: int, interval: int) -> bool:
     return nimg // interval > (nimg - step) // interval
 
 
-def check_fit(config: TrainConfig, dataset: Dataset) -> None:
-    """Refuse a network that does not take the data set's images.
+def check_fit(config: TrainConfig, dataset: Dataset, encoder: Encoder) -> None:
+    """Refuse a network that does not take the data set's images as they are encoded.
 
     Raises:
         ValueError: If shapes or numbers of classes differ.
     """
     net = config.network
-    takes = (net.img_channels, net.img_resolution, net.img_resolution)
-    has = tuple(dataset.images.shape[1:])
-    if takes != has:
+    has = encoder.input_shape(dataset.shape)
+    if net.input_shape != has:
+        encoded = "" if has == dataset.shape else f", encoded by {config.encoder!r},"
         raise ValueError(
-            f"the network takes images of shape {takes}, data set {config.data!r} has {has}; "
-            "set img_channels and img_resolution accordingly"
+            f"the network takes images of shape {net.input_shape}, data set {config.data!r}"
+            f"{encoded} has {has}; set img_channels and img_resolution accordingly"
+        )
+    if dataset.source.latent != (config.encoder == "latents"):
+        kind = "latents" if dataset.source.latent else "pixels"
+        raise ValueError(
+            f"data set {config.data!r} holds {kind}, which the encoder {config.encoder!r} does not "
+            "take; set encoder accordingly (`prepare --vae` makes latents of pixels)"
         )
     if net.label_dim not in (0, dataset.num_classes):
         raise ValueError(

@@ -63,6 +63,8 @@ class UNet(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         rung = RUNGS[config.config]
+        # The fastest layout for convolutions, pixel norms and attention, which all keep it.
+        self.memory_format = torch.channels_last
         self.cat = rung.cat
         self.concat_balance = config.concat_balance
         self.embedding = rung.embedding(config)
@@ -130,6 +132,7 @@ class UNet(nn.Module):
         """
         emb = self.embedding(c_noise, class_labels)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = x.contiguous(memory_format=self.memory_format)
         stem, *blocks = self.enc.values()
         x = stem(x)
         skips = [x]

@@ -14,7 +14,15 @@ COMMANDS = {
     "reconstruct_throughput": ["--no-peers", "--case", "float16", "out4gb"],
     "solve_conditioning": ["--repeats", "1"],
     "snapshot_writing": [],
+    "model_speed": ["--case", "28x28"],
+    "guidance": [],
 }
+ROWS = {
+    "solve_conditioning": "| kriging",
+    "model_speed": "| reference_model",
+    "guidance": "| σ_rel 0.25",
+}
+SLOW = {"guidance"}
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +30,9 @@ def _needs_torch():
     pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in COMMANDS]
+)
 def test_benchmark_runs_and_prints_a_row_for_this_library(name, tmp_path):
     before = _results()
     done = subprocess.run(
@@ -33,7 +43,7 @@ def test_benchmark_runs_and_prints_a_row_for_this_library(name, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    wanted = "| kriging" if name == "solve_conditioning" else "| posthoc_ema"
+    wanted = ROWS.get(name, "| posthoc_ema")
     assert any(line.startswith("|") and wanted in line for line in done.stdout.splitlines())
     assert "bar:" not in done.stdout, "a tiny size must not be compared with the bars"
     assert _results() == before, "a quick run must not replace recorded results"

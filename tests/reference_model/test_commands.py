@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
-from reference_model.cli import main, parse_numbers
+from reference_model.cli import main
+from reference_model.cli_support import parse_numbers
 from reference_model.configs import NetworkConfig, TrainConfig
 from reference_model.generate import tile, to_pil
 from reference_model.presets import PRESETS, preset

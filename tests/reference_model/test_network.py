@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import reference_model.blocks as blocks
+from benchmarks.plain_edm2 import PlainDenoiser
 from reference_model import Denoiser, build_model
 from reference_model.mp_layers import MPConv, normalize
 from reference_model.precond import preconditioning
+from reference_model.presets import preset
 from tests.reference_model import numpy_edm2
 
 SMALL = dict(
@@ -46,16 +48,23 @@ def example_input(net: Denoiser, batch: int = 3) -> tuple[torch.Tensor, ...]:
     return x, sigma, labels
 
 
+@pytest.mark.parametrize("data", ["img512", "img64"])
 @pytest.mark.parametrize(
-    ("channels", "millions"),
-    [(64, 31.3), (128, 124.7), (192, 280.2), (256, 497.8), (320, 777.5), (384, 1119.3)],
+    ("size", "millions"),
+    [
+        ("xxs", 31.3),
+        ("xs", 124.7),
+        ("s", 280.2),
+        ("m", 497.8),
+        ("l", 777.5),
+        ("xl", 1119.3),
+        ("xxl", 1523.2),
+    ],
 )
-def test_parameter_counts_match_the_paper(channels: int, millions: float) -> None:
+def test_parameter_counts_match_the_paper(data: str, size: str, millions: float) -> None:
     """Table 6: to the printed digit at every size."""
     with torch.device("meta"):
-        net = build_model(
-            config="G", img_resolution=64, img_channels=4, label_dim=1000, model_channels=channels
-        )
+        net = Denoiser(preset(f"edm2-{data}-{size}").network)
     assert round(net.num_parameters() / 1e6, 1) == millions
 
 
@@ -107,6 +116,26 @@ def test_forward_pass_agrees_with_plain_numpy(changes: dict[str, object]) -> Non
     # Float64 over ~20 layers of ~100-term sums, orders of magnitude above rounding.
     np.testing.assert_allclose(denoised.detach().numpy(), expected, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(logvar.detach().numpy().ravel(), expected_u, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"label_dim": 0, "img_resolution": 12, "channel_mult": (1, 2, 3)}], ids=str
+)
+def test_training_agrees_with_the_plain_transcription(changes: dict[str, object]) -> None:
+    """Outputs, gradients, and the weights that forced normalisation leaves behind."""
+    net = small_net(**changes).double().train()
+    plain = PlainDenoiser(net.config).double().copy_weights(net)
+    x, sigma, labels = example_input(net)
+    for one in (net, plain):
+        denoised, logvar = one(x, sigma, labels, return_logvar=True)
+        (denoised.square().sum() + logvar.sum()).backward()
+    for (name, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
+        # Float64 through ~20 layers and back; gradients of up to thousands.
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(
+            ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-10, msg=name
+        )
 
 
 def test_comparison_with_numpy_can_fail() -> None:

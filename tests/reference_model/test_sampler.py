@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference_model.sampler import SeededNoise, generate_images, heun_sampler, sigma_steps
+from reference_model.sampler import (
+    SAMPLERS,
+    SeededNoise,
+    euler_sampler,
+    generate_images,
+    heun_sampler,
+    sigma_steps,
+)
 from tests.reference_model.test_network import small_net
 
 DATA_STD = 0.5
@@ -89,6 +96,18 @@ def test_first_step_is_heuns() -> None:
     torch.testing.assert_close(
         heun_sampler(net, noise(), num_steps=2), expected, atol=1e-11, rtol=0
     )
+
+
+def test_euler_solves_it_at_first_order() -> None:
+    errors = []
+    for num_steps in (64, 128, 256):
+        net = GaussianDenoiser(mean=0.3)
+        x = euler_sampler(net, noise(), num_steps=num_steps)
+        errors.append(float((x - exact(noise(), 0.3)).abs().max()))
+        assert len(net.sigmas) == num_steps
+    # First order: half of the error for twice the steps.
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
 
 
 def test_one_step_is_the_denoiser() -> None:
@@ -179,8 +198,37 @@ def assert_same_images(a: Tensor, b: Tensor) -> None:
         raise AssertionError(f"images differ by up to {int(difference.max())} of 255")
 
 
-@pytest.mark.parametrize("options", [{}, {"S_churn": 10.0}], ids=str)
-def test_images_do_not_depend_on_the_batch_split(options: dict[str, float]) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_network_that_treats_images_alike_gives_the_same_bits_in_any_batch(sampler: str) -> None:
+    """What the sampler itself does depends on nothing but an image's own seed."""
+
+    def solve(seeds: list[int]) -> Tensor:
+        rng = SeededNoise(seeds)
+        return SAMPLERS[sampler](
+            GaussianDenoiser(0.3),
+            rng.randn((1, 8, 8)),
+            gnet=GaussianDenoiser(0.1),
+            guidance=1.5,
+            S_churn=10.0,
+            randn_like=rng.randn_like,
+        )
+
+    whole = solve([0, 1, 2, 3, 4])
+    for seeds in ([0], [1, 2], [4, 3, 0]):
+        torch.testing.assert_close(solve(seeds), whole[seeds], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"S_churn": 10.0},
+        {"sampler": "euler"},
+        {"gnet": small_net(label_dim=0), "guidance": 2.0},
+    ],
+    ids=["heun", "churn", "euler", "guided"],
+)
+def test_images_do_not_depend_on_the_batch_split(options: dict[str, Any]) -> None:
     net = small_net(label_dim=10)
     whole = generate_images(net, range(7), batch_size=7, num_steps=6, **options)
     split = generate_images(net, range(7), batch_size=3, num_steps=6, **options)
@@ -194,12 +242,18 @@ def test_images_do_not_depend_on_the_batch_split(options: dict[str, float]) -> N
 
 
 def test_generating_leaves_the_network_as_it_was() -> None:
-    net = small_net(label_dim=10).train()
+    net, guide = small_net(label_dim=10).train(), small_net(label_dim=10).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    generate_images(net, [0], num_steps=2)
-    assert net.training
-    for name, value in net.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0, msg=name)
+    generate_images(net, [0], num_steps=2, gnet=[guide], guidance=[2.0])
+    for used in (net, guide):
+        assert used.training
+        for name, value in used.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0, msg=name)
+
+
+def test_an_unknown_sampler_is_refused() -> None:
+    with pytest.raises(ValueError, match="sampler must be one of heun, euler"):
+        generate_images(small_net(label_dim=10), [0], sampler="dpm")
 
 
 def test_classes_choose_the_images() -> None:

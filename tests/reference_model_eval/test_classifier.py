@@ -14,15 +14,20 @@ from reference_model.classifier import (
     cached_classifier,
     train_classifier,
 )
-from reference_model.data import load_digits
+from reference_model.data import Split, load_dataset
 from reference_model.metrics import FeatureStatistics, frechet_distance
 
 QUICK = ClassifierConfig(epochs=3)
 
 
+def digits(split: Split) -> tuple[Tensor, Tensor]:
+    dataset = load_dataset("digits", split)
+    return dataset.read(), dataset.labels
+
+
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return train_classifier(QUICK, *load_digits("train"), progress=False)
+    return train_classifier(QUICK, *digits("train"), progress=False)
 
 
 def distance(classifier: Classifier, a: Tensor, b: Tensor) -> float:
@@ -40,18 +45,18 @@ def assert_same_weights(a: Classifier, b: Classifier) -> None:
 
 def test_it_learns_the_digits(classifier: Classifier):
     # Three epochs reach 0.90 to 0.95 over seeds; chance is 0.1.
-    assert classifier.accuracy(*load_digits("held_out")) > 0.8
+    assert classifier.accuracy(*digits("held_out")) > 0.8
 
 
 @pytest.mark.slow
 def test_the_default_classifier_is_good():
-    model = train_classifier(ClassifierConfig(), *load_digits("train"), progress=False)
+    model = train_classifier(ClassifierConfig(), *digits("train"), progress=False)
     # 0.97 to 0.99 over seeds.
-    assert model.accuracy(*load_digits("held_out")) > 0.95
+    assert model.accuracy(*digits("held_out")) > 0.95
 
 
 def test_features_are_standardised_over_the_training_images(classifier: Classifier):
-    features, _ = classifier.describe(load_digits("train")[0], batch_size=100)
+    features, _ = classifier.describe(digits("train")[0], batch_size=100)
     # Float32 sums of 1,347 values: about 1e-6 relative.
     torch.testing.assert_close(
         torch.from_numpy(features.mean(axis=0)), torch.zeros(32).double(), rtol=0, atol=1e-4
@@ -62,8 +67,8 @@ def test_features_are_standardised_over_the_training_images(classifier: Classifi
 
 
 def test_the_distance_grows_with_noise_and_sees_a_missing_class(classifier: Classifier):
-    held_out, _ = load_digits("held_out")
-    train, labels = load_digits("train")
+    held_out, _ = digits("held_out")
+    train, labels = digits("train")
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(train.shape, generator=generator) * 127.5
 
@@ -79,7 +84,7 @@ def test_the_distance_grows_with_noise_and_sees_a_missing_class(classifier: Clas
 
 def test_training_is_reproducible_and_leaves_the_random_state_alone(classifier: Classifier):
     before = torch.random.get_rng_state()
-    again = train_classifier(QUICK, *load_digits("train"), progress=False)
+    again = train_classifier(QUICK, *digits("train"), progress=False)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert_same_weights(classifier, again)
 
@@ -88,7 +93,7 @@ def test_the_cache_gives_the_same_classifier_without_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = ClassifierConfig(epochs=1, hidden_channels=8)
-    data = load_digits("train")
+    data = digits("train")
     first, digest = cached_classifier(config, *data, tmp_path / "new", progress=False)
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -111,7 +116,7 @@ def test_the_cache_gives_the_same_classifier_without_training(
 
 
 def test_unpaired_or_too_few_images_are_refused():
-    images, labels = load_digits("train")
+    images, labels = digits("train")
     with pytest.raises(ValueError, match=r"one label each \(got 1347 images, 1346 labels\)"):
         train_classifier(QUICK, images, labels[:-1], progress=False)
     with pytest.raises(ValueError, match="at least 64 images"):

@@ -51,7 +51,7 @@ def test_a_recorded_distance_is_that_of_images_made_by_hand(finished_demo: Path)
     sigma_rel, protocol = 0.07, QUICK.protocol
     weights = reconstruct(finished_demo / "ema", sigma_rel=sigma_rel, framework="torch")
     net = load_network(finished_demo, weights.state_dict())
-    judge = Judge("digits", protocol, finished_demo, progress=False)
+    judge = Judge(load_config(finished_demo), protocol, finished_demo, progress=False)
     seeds = range(protocol.images, 2 * protocol.images)  # those of the second repeat
     classes = torch.arange(protocol.images) % 10
     images = generate_images(net, seeds, classes, batch_size=7, num_steps=protocol.num_steps)

@@ -1,0 +1,171 @@
+"""Commands that take a network's config, one option for each field: train and flops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import click
+
+from reference_model.cli_support import (
+    device_option,
+    errors_as_messages,
+    json_option,
+    quiet_option,
+    run_dir_option,
+    set_threads,
+    threads_option,
+)
+from reference_model.configs import DIGITS, NetworkConfig, TrainConfig
+from reference_model.presets import PRESETS, preset
+
+
+class ConfigValue(click.ParamType):  # type: ignore[type-arg]
+    """Text for a config field: a number, a word, `none`, or numbers with commas between.
+
+    Args:
+        hint: The field's type.
+    """
+
+    def __init__(self, hint: Any) -> None:
+        options = get_args(hint)
+        self.optional = type(None) in options
+        self.many = get_origin(hint) is tuple
+        self.kind = options[0] if options else hint
+        self.name = self.kind.__name__ + (",..." if self.many else "|none" * self.optional)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what the text stands for, or fail saying what it should look like."""
+        if self.optional and value == "none":
+            return ConfigNone
+        try:
+            if self.many:
+                return tuple(self.kind(part) for part in value.split(",") if part)
+            return self.kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+
+
+class ConfigNone:
+    """Stands for an explicit `none`, since click's None is an option not given."""
+
+
+def config_options(*kinds: Any) -> Callable[..., Any]:
+    """Give a command one option for each field of these configs."""
+
+    def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+        for kind in kinds:
+            hints = get_type_hints(kind)
+            for spec in reversed([f for f in fields(kind) if f.name != "network"]):
+                name = f"--{spec.name.replace('_', '-')}"
+                convert = ConfigValue(hints[spec.name])
+                option = click.option(name, spec.name, type=convert, help=spec.metadata["help"])
+                command = option(command)
+        return command
+
+    return with_options
+
+
+def given_fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Values of the fields for which an option was given."""
+    return {k: None if v is ConfigNone else v for k, v in overrides.items() if v is not None}
+
+
+def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
+    """Replace the fields for which an option was given, those of the network included."""
+    given = given_fields(overrides)
+    for name in ("data", "vae"):
+        value = given.get(name)
+        if value and value != DIGITS and Path(value).exists():
+            # Absolute, so that a run that is continued from another folder finds it again.
+            given[name] = str(Path(value).resolve())
+    network_names = {f.name for f in fields(NetworkConfig)}
+    of_network: dict[str, Any] = {k: v for k, v in given.items() if k in network_names}
+    of_training: dict[str, Any] = {k: v for k, v in given.items() if k not in network_names}
+    return replace(config, network=replace(config.network, **of_network), **of_training)
+
+
+preset_option = click.option(
+    "--preset",
+    "preset_name",
+    type=click.Choice(list(PRESETS)),
+    metavar="NAME",
+    help=f"Where options not given come from: {', '.join(PRESETS)}.",
+)
+
+
+@click.command()
+@preset_option
+@run_dir_option
+@device_option
+@threads_option
+@quiet_option
+@config_options(NetworkConfig, TrainConfig)
+def train(
+    preset_name: str | None,
+    run_dir: Path,
+    device: str,
+    threads: int | None,
+    quiet: bool,
+    **overrides: Any,
+) -> None:
+    """Train a network, or continue a run that was stopped.
+
+    A new run needs --preset; every other option replaces one value of it. To continue a run,
+    give its --run-dir alone: it remembers its options, and ends with the same weights as if it
+    had never stopped. SIGTERM and Ctrl-C save before they stop it.
+
+    The run directory receives config.json, stats.jsonl, a checkpoint, and EMA snapshots under
+    ema/ that every posthoc-ema command understands.
+    """
+    from reference_model.checkpoint import CONFIG_FILE, load_config
+    from reference_model.train import train as run_training
+
+    set_threads(threads)
+    with errors_as_messages():
+        if preset_name is not None:
+            config = preset(preset_name)
+        elif (run_dir / CONFIG_FILE).exists():
+            config = load_config(run_dir)
+        else:
+            raise click.UsageError(f"{run_dir} holds no run yet; start one with --preset")
+        config = with_overrides(config, overrides)
+        nimg = run_training(config, run_dir, progress=not quiet, device=device)
+    done = nimg >= config.total_nimg
+    click.echo(
+        f"{'Finished' if done else 'Stopped'} after {nimg:,} of {config.total_nimg:,} images."
+        + ("" if done else f" Continue with: python -m reference_model train --run-dir {run_dir}")
+    )
+
+
+@click.command()
+@preset_option
+@json_option
+@config_options(NetworkConfig)
+def flops(preset_name: str | None, as_json: bool, **overrides: Any) -> None:
+    """Count the operations of one evaluation for one image, per layer and in total.
+
+    \b
+    Of one of the paper's networks, of a variant of one, or of one of your own:
+      python -m reference_model flops --preset edm2-img512-s
+      python -m reference_model flops --preset edm2-img512-s --attn-resolutions 8
+      python -m reference_model flops --img-resolution 28 --img-channels 1 --channel-mult 1,2,2
+
+    Counted as in the paper: a multiplication with its addition is one operation, an elementwise
+    operation one, SiLU and softmax three for each element, and weights are normalised for the one
+    image. Sampling with N Heun steps takes 2N - 1 evaluations for each image, a training step
+    three times an evaluation.
+    """  # noqa: D301 (click takes \\b for the character)
+    from reference_model.flops import count, report
+
+    with errors_as_messages():
+        if preset_name is not None:
+            config = with_overrides(preset(preset_name), overrides).network
+        elif overrides["img_resolution"] is None or overrides["img_channels"] is None:
+            raise click.UsageError("give --preset, or both --img-resolution and --img-channels")
+        else:
+            config = NetworkConfig(**given_fields(overrides))
+        costs = count(config)
+    click.echo(report(config, costs, as_json=as_json))
