@@ -197,13 +197,14 @@ static double WITH(encode)(int type, const float *values, int64_t number,
   for (int64_t start = 0; start < count; start += TILE) {
     int64_t n = count - start < TILE ? count - start : TILE, filled = n;
     uint8_t *bytes = stored + byte_of(type, start);
-    memset(predicted, 0, sizeof predicted);
+    if (!number) memcpy(rest, values + start, (size_t)n * 4);
+    if (number) memset(predicted, 0, sizeof predicted);
     for (int64_t i = 0; i < number; i++) {
       const double *row = rows[i] + start;
       double factor = factors[i];
       for (int64_t e = 0; e < n; e++) predicted[e] += factor * row[e];
     }
-    for (int64_t e = 0; e < n; e++) rest[e] = (float)(values[start + e] - predicted[e]);
+    for (int64_t e = 0; number && e < n; e++) rest[e] = (float)(values[start + e] - predicted[e]);
     if (type >= QUANTISED) {
       int bits = type - QUANTISED;
       while (filled % BLOCK) rest[filled++] = 0;
@@ -228,7 +229,7 @@ static double WITH(encode)(int type, const float *values, int64_t number,
       for (int j = 0; j < LANES; j++) square += sums[j];
     }
     if (decoded)
-      for (int64_t e = 0; e < n; e++) decoded[start + e] = found[e] + predicted[e];
+      for (int64_t e = 0; e < n; e++) decoded[start + e] = number ? found[e] + predicted[e] : found[e];
   }
   return square;
 }

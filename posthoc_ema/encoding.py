@@ -175,8 +175,8 @@ def encode(
         The bytes that the file holds, and the sum of squared rounding errors.
     """
     library = native.library()
-    if library is None or values.dtype != np.float32 or dtype not in native.TYPES:
-        return _encode(values, dtype, prediction, decoded)
+    if library is None or values.dtype != np.float32 or dtype not in native.TYPES or dtype == "F32":
+        return _encode(values, dtype, prediction, decoded)  # float32 as it is needs no loop
     stored = np.empty(stored_size(dtype, len(values)), np.uint8)
     factors = np.array([factor for factor, _ in prediction])
     rows = native.addresses([row for _, row in prediction])
@@ -213,7 +213,8 @@ def _encode(
             square = sum_of_squares(found - rest)
     if decoded is not None:
         decode_into(stored, dtype, decoded)
-        decoded += predicted
+        if prediction:
+            decoded += predicted
     return stored, square
 
 

@@ -28,7 +28,8 @@ TYPES = {"F32": 0, "F16": 1, "BF16": 2, **{f"Q{bits}": 64 + bits for bits in (4,
 """Stored types that there are loops for, by their names in files."""
 
 ITEM = {"F32": 4, "F16": 2, "BF16": 2}
-_WORTH_THREADS = 1 << 22  # elements; fewer are moved before another thread has begun
+_WORTH_THREADS = 1 << 20  # elements; fewer are moved before another thread has begun
+_PARTS = 8  # for each thread
 
 
 @cache
@@ -102,9 +103,11 @@ class Tensors:
         strides: Sequence[int],
     ) -> None:
         self._type = TYPES[dtype]
-        self._parts: list[tuple[NDArray[np.uint64] | NDArray[np.int64], ...]] = []
+        self._parts: list[tuple[int, ...]] = []  # number of tensors, addresses of the arrays
+        self._kept: list[NDArray[Any]] = []
         total, item = sum(counts), ITEM[dtype]
-        number = min(usable_cores(), MAX_THREADS) if total >= _WORTH_THREADS else 1
+        self._threads = min(usable_cores(), MAX_THREADS) if total >= _WORTH_THREADS else 1
+        number = _PARTS * self._threads if self._threads > 1 else 1
         edges = [total * k // number for k in range(number + 1)]
         ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
         for left, right in pairwise(edges):
@@ -124,26 +127,28 @@ class Tensors:
                 )
             columns = list(zip(*rows, strict=True)) or [()] * 4
             kinds = (np.uint64, np.int64, np.uint64, np.int64)
-            self._parts.append(tuple(map(np.array, columns, kinds)))
+            arrays = list(map(np.array, columns, kinds))
+            self._kept += arrays
+            self._parts.append((len(rows), *map(address, arrays)))
 
     def lerp(self, weights: NDArray[np.float32]) -> None:
         """Move the averages of each track towards the tensors by its weight."""
+        # Whoever is free takes the next part: a thread that begins late, since others still spin
+        # on its core, delays nobody.
+        parts = iter(self._parts)
 
-        def move(part: tuple[NDArray[Any], ...]) -> None:
-            pointers = map(address, part)
-            library().lerp(self._type, len(part[0]), *pointers, len(weights), address(weights))
+        def move() -> None:
+            for part in parts:
+                library().lerp(self._type, *part, len(weights), address(weights))
 
-        # Threads of their own: what little starting them takes, waiting ones would take too.
-        threads = [Thread(target=move, args=(part,)) for part in self._parts[1:]]
+        # Threads of their own: what little starting them takes, waking ones would take too.
+        threads = [Thread(target=move) for _ in range(1, self._threads)]
         for thread in threads:
             thread.start()
-        move(self._parts[0])
+        move()
         for thread in threads:
             thread.join()
 
     def is_finite(self) -> bool:
         """Whether all elements of all tensors are finite."""
-        return all(
-            library().all_finite(self._type, len(part[0]), *map(address, part[:2]))
-            for part in self._parts
-        )
+        return all(library().all_finite(self._type, *part[:3]) for part in self._parts)

@@ -147,9 +147,9 @@ class TorchTracker(Tracker):
     @torch.no_grad()
     def update(self, weights: Sequence[float] | None) -> None:
         """Move every average towards the current tensors; never waits for the device."""
-        columns = {
-            dtype: torch.tensor(weights, dtype=dtype)[:, None] for dtype in self._kept if weights
-        }
+        columns = {}
+        if self._pieces and weights is not None:
+            columns = {dtype: torch.tensor(weights, dtype=dtype)[:, None] for dtype in self._kept}
         whole = [1.0] * len(self._tracks)  # takes the tensors as they are
         for tensors in self._compiled:
             tensors.lerp(np.array(whole if weights is None else weights, np.float32))

@@ -29,6 +29,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
+_END = (object(),)
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -50,9 +51,8 @@ class Binding:
 
     def is_current(self) -> bool:
         """Whether the module still holds the very same parameters and submodules."""
-        if sum(map(len, self._views)) != len(self.held):
-            return False
-        return all(map(is_, chain.from_iterable(self._views), self.held))
+        # An end of its own on both sides: one that is longer meets the other's.
+        return all(map(is_, chain(chain.from_iterable(self._views), _END), chain(self.held, _END)))
 
     def is_in_place(self) -> bool:
         """Whether all averaged tensors have the storage, shape and strides they were bound with.
