@@ -3,9 +3,9 @@
 An update reads every weight and reads and writes every average, and can do no less. What it
 need not do is walk the module, call a kernel for each tensor and track, or bring a weight into
 the cache once for each track. So the averages of one type and device are one matrix, a row for
-each track. On a CPU one call of a compiled loop moves all of it. Elsewhere (on a GPU, where that
-loop is missing, of types it does not know) a chunk of a large tensor moves all rows in one call,
-and small tensors are gathered into a block first.
+each track. A chunk of a large tensor moves all rows in one call. Small tensors, and those to be
+converted, all move in one call of a compiled loop; where there is none (on a GPU, without a
+compiler, of types it does not know) they are gathered into a block first.
 """
 
 from __future__ import annotations
@@ -277,7 +277,11 @@ class TorchTracker(Tracker):
                     block, filled = self._close(block, scratch), 0
                     continue
                 flat = tensor.as_strided((count,), (1,), tensor.storage_offset())
-                if loops and flat.is_cpu and flat.dtype in _NATIVE:
+                direct = flat.dtype == pool.dtype and flat.device == pool.device
+                # Large tensors that need no conversion are moved as well by PyTorch's own threads,
+                # which after a training step are awake.
+                compiles = count < _SMALL or not direct
+                if loops and compiles and flat.is_cpu and flat.dtype in _NATIVE:
                     compiled.setdefault(_NATIVE[flat.dtype], []).append((flat, place.start))
                     block, filled = self._close(block, scratch), 0  # what follows lies elsewhere
                     continue
@@ -289,7 +293,6 @@ class TorchTracker(Tracker):
                         filled += count
                     continue
                 block, filled = self._close(block, scratch), 0
-                direct = flat.dtype == pool.dtype and flat.device == pool.device
                 step = chunk if direct else min(chunk, scratch.numel())
                 for start in range(0, count, step):
                     stop = min(start + step, count)
