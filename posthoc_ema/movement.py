@@ -192,10 +192,11 @@ def fit_movement(
     start = np.concatenate([np.full(len(edges) - 1, level), [0.0, -np.inf]])
     fitted, misfit = _minimise(model, products, start, *penalty)
     # Real training shows no jitter; where there is some, it explains much.
-    start = np.append(fitted[:-1], np.log(_JITTER))
-    jittery, with_jitter = _minimise(model, products, start, *penalty)
-    if with_jitter < misfit - _TELLING * len(products):
-        fitted = jittery
+    telling = _TELLING * len(products)
+    if misfit - _least_misfit(products) > telling:
+        start = np.append(fitted[:-1], np.log(_JITTER))
+        jittery, with_jitter = _minimise(model, products, start, *penalty)
+        fitted = jittery if with_jitter < misfit - telling else fitted
     rate, (drift, jitter) = np.exp(fitted[:-2]), np.exp(fitted[-2:]).tolist()
     # Where weights of some tensors rest, others may move: no coefficient there shall be free.
     return Movement(edges, np.maximum(rate, _LEAST_RATE * rate.max()), drift, jitter)
@@ -277,6 +278,13 @@ class _Model:
         else:
             derivatives[-1] = 0
         return derivatives[:-2].sum(0) + self.noise, derivatives
+
+
+def _least_misfit(products: NDArray[np.float64]) -> float:
+    """Log det Σ + tr(Σ⁻¹ S) where Σ is S itself: no model can have less."""
+    scale = 1 / np.sqrt(np.maximum(np.diag(products), np.finfo(np.float64).tiny))
+    scaled = products * scale[:, None] * scale + _LIMIT * np.eye(len(products))
+    return float(np.linalg.slogdet(scaled)[1] - 2 * np.log(scale).sum()) + len(products)
 
 
 def _minimise(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 8 * Digest.PIECE  # read of each file at once
 _TOGETHER = 8  # files whose blocks are read before they are combined: they stay in the cache
-_RESULTS = 1 << 21  # elements of all targets that a block may have
+_RESULTS = 1 << 19  # elements of all targets that a block may have
 _KEPT_OPEN = 128  # files: systems allow so many; others are opened block by block
 
 
