@@ -17,9 +17,9 @@
 #endif
 
 #define BLOCK 64  /* numbers that share a scale */
-#define TILE 1024 /* numbers worked on at once: what belongs to them stays in the first cache */
+#define TILE 512  /* numbers worked on at once: what belongs to them stays in the first cache */
 #define LERP_TILE 16384 /* the same for sums that need no memory of their own */
-#define ROWS 4    /* files combined at once */
+#define ROWS 8    /* files combined at once */
 #define LANES 8   /* sums kept apart, so that they can be worked on together */
 
 /* Types as native.py numbers them; block types are QUANTISED plus their bits. */

@@ -95,17 +95,17 @@ static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored,
         if (base)
           for (int64_t e = 0; e < n; e++) row[e] -= base[start + e];
       }
+      /* Absent ones count nothing, so that no loop knows of them. */
+      for (int64_t j = together; j < ROWS; j++) memset(rows[j], 0, (size_t)n * 4);
       for (int64_t k = 0; k < targets; k++) {
-        const float *x = coefficients + k * files + i;
-        double *sum = out + k * stride + start;
-        if (together == ROWS) {
-          float a = x[0], b = x[1], c = x[2], d = x[3];
-          for (int64_t e = 0; e < n; e++)
-            sum[e] += (a * rows[0][e] + b * rows[1][e]) + (c * rows[2][e] + d * rows[3][e]);
-        } else {
-          for (int64_t j = 0; j < together; j++)
-            for (int64_t e = 0; e < n; e++) sum[e] += x[j] * rows[j][e];
-        }
+        double *total = out + k * stride + start;
+        float x[ROWS] = {0};
+        for (int64_t j = 0; j < together; j++) x[j] = coefficients[k * files + i + j];
+        for (int64_t e = 0; e < n; e++)
+          total[e] += ((x[0] * rows[0][e] + x[1] * rows[1][e]) +
+                       (x[2] * rows[2][e] + x[3] * rows[3][e])) +
+                      ((x[4] * rows[4][e] + x[5] * rows[5][e]) +
+                       (x[6] * rows[6][e] + x[7] * rows[7][e]));
       }
     }
   }
