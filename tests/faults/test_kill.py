@@ -123,7 +123,7 @@ def test_a_crash_while_the_future_is_set_aside(tmp_path: Path, whole: Path) -> N
 # At random moments ----------------------------------------------------------------------------
 
 
-def kill_repeatedly(folder: Path, kills: int, seed: int) -> None:
+def kill_repeatedly(folder: Path, kills: int, seed: int, longest: float = 0.1) -> None:
     """Start, wait for the first snapshot, and kill a random moment later."""
     rng = np.random.default_rng(seed)
     for _ in range(kills):
@@ -131,7 +131,7 @@ def kill_repeatedly(folder: Path, kills: int, seed: int) -> None:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
         assert lines[1] == "updating\n", lines
-        time.sleep(float(rng.uniform(0.0, 0.1)))
+        time.sleep(float(rng.uniform(0.0, longest)))
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
         process.stdout.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 
 from posthoc_ema import SnapshotStore, reconstruct
 from tests.faults import worker
-from tests.faults.test_kill import STEPS, assert_sound, finish, start
+from tests.faults.test_kill import STEPS, assert_sound, finish, kill_repeatedly, start
 
 KEEP = 4
 AS_FINE_AS_FLOAT16 = 2.07e-4  # what rounding to float16 changes, relative to the RMS
@@ -51,19 +49,11 @@ def assert_finished(folder: Path, exact: Path, kept: int) -> None:
 
 
 # A snapshot is two files here, so two renames; with thinning, journals and exchanges follow.
-@pytest.mark.parametrize("crash", [f"{when}:replace:{n}" for n in (3, 9, 14, 31)
-                                   for when in ("before", "after")])  # fmt: skip
-def test_a_crash_at_any_rename(tmp_path: Path, exact: Path, kept: int, crash: str) -> None:
-    process = start(tmp_path, crash=crash)
-    process.communicate(timeout=120)
-    assert process.returncode == 137
-    assert_sound(tmp_path)
-    finish(tmp_path)
-    assert_finished(tmp_path, exact, kept)
+POINTS = [f"{when}:replace:{n}" for n in (3, 9, 14, 31) for when in ("before", "after")]
 
 
-@pytest.mark.parametrize("crash", [f"before:unlink:{n}" for n in (5, 17)])
-def test_a_crash_at_any_deletion(tmp_path: Path, exact: Path, kept: int, crash: str) -> None:
+@pytest.mark.parametrize("crash", [*POINTS, "before:unlink:5", "before:unlink:17"])
+def test_a_crash_at_any_step(tmp_path: Path, exact: Path, kept: int, crash: str) -> None:
     process = start(tmp_path, crash=crash)
     process.communicate(timeout=120)
     assert process.returncode == 137
@@ -73,16 +63,6 @@ def test_a_crash_at_any_deletion(tmp_path: Path, exact: Path, kept: int, crash: 
 
 
 def test_kill_9_at_random_moments(tmp_path: Path, kept: int) -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        process = start(tmp_path, steps=10**9)
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(2)]
-        assert lines[1] == "updating\n", lines
-        time.sleep(float(rng.uniform(0.0, 0.3)))
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        process.stdout.close()
-        assert assert_sound(tmp_path) > 0
+    kill_repeatedly(tmp_path, kills=5, seed=0, longest=0.3)
     if kept == KEEP:
         assert len({s.t for s in SnapshotStore(tmp_path / "ema").list()}) <= KEEP + 1

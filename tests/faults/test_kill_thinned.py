@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from posthoc_ema import SnapshotStore
 from tests.faults import worker
-from tests.faults.test_kill import STEPS, assert_prefix, assert_sound, finish, start
+from tests.faults.test_kill import (
+    STEPS,
+    assert_prefix,
+    assert_sound,
+    finish,
+    kill_repeatedly,
+    start,
+)
 
 KEEP = 4
 
@@ -65,16 +69,7 @@ def test_a_crash_at_every_step_of_deleting(
 
 
 def test_kill_9_at_random_moments(tmp_path: Path, whole: Path) -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        process = start(tmp_path, steps=10**9)
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(2)]
-        assert lines[1] == "updating\n", lines
-        time.sleep(float(rng.uniform(0.0, 0.2)))
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        process.stdout.close()
-        assert assert_sound(tmp_path) > 0
+    for seed in range(5):
+        kill_repeatedly(tmp_path, kills=1, seed=seed, longest=0.2)
         assert len(times(tmp_path)) <= KEEP + 1
     assert_prefix(tmp_path, whole)
