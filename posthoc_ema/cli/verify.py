@@ -25,7 +25,8 @@ def verify(store: SnapshotStore, as_json: bool) -> None:
       posthoc-ema verify run/ema && rsync -a run/ema backup:
     """
     snapshots, problems = store.scan()
-    total = sum(entry.nbytes for s in snapshots for entry in s.entries.values())
+    opened = [s for snapshot in snapshots for s in (snapshot, snapshot.base) if s is not None]
+    total = sum(entry.nbytes for s in opened for entry in s.entries.values())
     found: dict[str, str | None] = {}
     with bytes_bar("verify", total) as bar:
         for snapshot in snapshots:
