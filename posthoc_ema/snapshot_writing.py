@@ -116,7 +116,8 @@ def write_snapshot(
     statistics = {"count": count, "mean_square": square}
     entries = _lay_out(averages, copies, encoding, prediction, refines, sizes)
     blocks = {e.name: list(e.shape) for e in entries if block_bits(e.dtype) is not None}
-    inputs = prediction.inputs if prediction and blocks else ()
+    # A refinement belongs to what it refines, even if no tensor of theirs fills a block.
+    inputs = prediction.inputs if prediction and (blocks or refines) else ()
     identity = {
         "format_version": FORMAT_VERSION,
         "run_id": run.run_id,
@@ -156,12 +157,12 @@ def write_snapshot(
                 writer.write(copied[entry.name].data)
                 continue
             task = partial(_encode, entry, prediction, _room(entry, decoded))
-            for stored, square in pool.in_order(
+            for stored, lost in pool.in_order(
                 task, _pieces(sources[entry.name].chunks(), entry.count)
             ):
                 digests["averages"].update(stored)
                 writer.write(stored)
-                rounding += square
+                rounding += lost
         digest = {part: stream.hexdigest() for part, stream in digests.items()}
         metadata = {
             **identity,

@@ -195,3 +195,17 @@ def test_buffers_come_from_the_newest(tmp_path: Path) -> None:
     for step in range(1, 4):
         ema.update({"w": np.full(100, step, np.float32), "count": np.array(step)})
     assert reconstruct(tmp_path, 0.05).buffers["count"] == 3
+
+
+@pytest.mark.parametrize("encoding", SMALL)
+def test_models_of_small_tensors_alone(tmp_path: Path, encoding: str) -> None:
+    """No tensor fills a block, so neither file holds a residual; they are a pair all the same."""
+    ema = EMA(TRACKS, snapshots=tmp_path, every=1, encoding=encoding)
+    for step in range(1, 4):
+        ema.update({"w": np.full(5, 1 / step, np.float32)})
+    snapshots = SnapshotStore(tmp_path).verify()
+    assert [s.refines for s in snapshots] == [False] * 4 + [True] * 2
+    assert len(files(tmp_path)) == 8
+    for sigma_rel in TRACKS:
+        found = reconstruct(tmp_path, sigma_rel).params["w"]
+        assert np.array_equal(found, ema.average(sigma_rel)["w"]), "the newest, as it is"
