@@ -41,6 +41,12 @@ def combine(
     if library is None or coefficients.dtype != np.float32 or dtype not in native.TYPES:
         _combine(rows, dtype, base, coefficients, out)
         return
+    # In groups of as many, filled up with what counts nothing.
+    files = len(rows)
+    short = -files % native.TOGETHER
+    if short:
+        rows = [*rows, *[rows[files // native.TOGETHER * native.TOGETHER]] * short]
+        coefficients = np.pad(coefficients, ((0, 0), (0, short)))
     pointers = native.addresses(rows)
     library.combine(
         native.TYPES[dtype],

@@ -31,6 +31,9 @@ ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 _WORTH_THREADS = 1 << 20  # elements; fewer are moved before another thread has begun
 _PARTS = 8  # for each thread
 
+TOGETHER = 8
+"""Files combined at once: ROWS in _native.c."""
+
 
 @cache
 def library() -> Any:
