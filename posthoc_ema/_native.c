@@ -94,6 +94,11 @@ EXPORT void combine(int type, int64_t files, const uint8_t *const *stored, int64
   BEST(combine)(type, files, stored, count, base, targets, coefficients, out, stride);
 }
 
+/* out = total + base; whether all of it is finite. */
+EXPORT int finish(const double *total, const float *base, int64_t count, float *out) {
+  return BEST(finish)(total, base, count, out);
+}
+
 /* Stored numbers to floats. */
 EXPORT void decode(int type, const uint8_t *stored, int64_t count, float *out) {
   BEST(decode)(type, stored, count, out);

@@ -161,6 +161,17 @@ static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored,
   }
 }
 
+static int WITH(finish)(const double *total, const float *base, int64_t count, float *out) {
+  uint32_t found = 0;
+  for (int64_t e = 0; e < count; e++) {
+    out[e] = (float)(total[e] + base[e]);
+    uint32_t bits;
+    memcpy(&bits, out + e, 4);
+    found |= (bits & 0x7FFFFFFF) + 0x00800000; /* an exponent of ones alone overflows */
+  }
+  return !(found & 0x80000000);
+}
+
 /* One block of finite numbers; returns the sum of squared rounding errors. */
 static double WITH(encode_block)(int bits, const float *values, uint8_t *stored, float *decoded) {
   float top = (float)((1 << (bits - 1)) - 1), largest = 0, most[LANES] = {0};

@@ -61,6 +61,32 @@ def combine(
     )
 
 
+def finish(total: NDArray[np.float64], base: NDArray[Any], out: NDArray[Any]) -> bool:
+    """``out = total + base``, and whether all of it is finite.
+
+    Args:
+        total: ``[k, m]`` float64.
+        base: ``[m]`` of the type of ``out``.
+        out: ``[k, m]`` float32, or float64, rows contiguous.
+
+    Returns:
+        False if a result is NaN or infinite.
+    """
+    library = native.library()
+    if library is not None and out.dtype == np.float32:
+        found = [
+            library.finish(
+                native.address(row), native.address(base), len(row), native.address(result)
+            )
+            for row, result in zip(total, out, strict=True)
+        ]
+        return all(found)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, total + base, casting="same_kind")
+        # A sum is finite only if all of it is; but that of large numbers may overflow.
+        return bool(np.isfinite(out.sum()) or np.isfinite(out).all())
+
+
 def _combine(
     rows: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
     dtype: str,

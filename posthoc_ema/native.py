@@ -58,6 +58,7 @@ def library() -> Any:
             None,
             [number, count, pointer, count, pointer, count, pointer, pointer, count],
         ),
+        "finish": (number, [pointer, pointer, count, pointer]),
         "decode": (None, [number, pointer, count, pointer]),
         "encode": (
             ctypes.c_double,

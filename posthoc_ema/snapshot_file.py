@@ -295,7 +295,8 @@ class Snapshot:
 
     def section_size(self, part: str) -> int:
         """Bytes of all ``"averages"`` or ``"copies"``."""
-        return sum(self.entries[name].nbytes for name in self.section_offsets(part))
+        averages = part == "averages"
+        return sum(e.nbytes for e in self.entries.values() if (e.name in self.averages) == averages)
 
     def add_missing(
         self, part: str, digest: Digest, progress: Callable[[int], object] = lambda nbytes: None
@@ -305,10 +306,13 @@ class Snapshot:
         Raises:
             CorruptSnapshotError: If a byte is missing.
         """
+        missing = list(digest.missing())
+        if not missing:
+            return
         offsets = self.section_offsets(part)
         names, starts = list(offsets), list(offsets.values())
         with self.opened() as file:
-            for start, size in digest.missing():
+            for start, size in missing:
                 piece = np.empty(size, np.uint8)
                 # From the tensor in which the piece begins to that in which it ends.
                 k, filled = bisect_right(starts, start) - 1, 0
