@@ -45,7 +45,10 @@ def folded_weights(*nets: Any) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.folded = layer.kernel()
+                folded = layer.kernel()
+                if folded.ndim == 4:
+                    folded = folded.contiguous(memory_format=torch.channels_last)
+                layer.folded = folded
         yield
     finally:
         for layer in layers:

@@ -111,8 +111,6 @@ class MPConv(nn.Module):
             return x @ weight.t()
         if self.up:
             return F.conv_transpose2d(x, weight, stride=2, padding=1)
-        if weight.shape[2:] == (1, 1):  # a matrix product, with pixels last as they are stored
-            return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def kernel(self) -> Tensor:
