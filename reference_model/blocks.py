@@ -89,12 +89,11 @@ class MPResidual(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`, times its share."""
         scale = 1 + self.emb_gain(self.emb_linear(emb))  # (B, out)
-        y = self.conv0(F.silu(x))
         scale = scale[:, :, None, None].to(x.dtype)
-        if torch.is_grad_enabled():
-            y = F.silu(y * scale)
-        else:
-            y = F.silu(y.mul_(scale), inplace=True)
+        y = self.conv0(F.silu(x))
+        # A gradient needs what both steps start from; without one they need no memory.
+        recording = torch.is_grad_enabled()
+        y = F.silu(y * scale if recording else y.mul_(scale), inplace=not recording)
         return self.conv1(self.dropout(y))
 
 

@@ -136,6 +136,13 @@ class MPConv(nn.Module):
         return f"{in_channels}, {out_channels}, kernel={tuple(kernel)}"
 
 
+def channels_last(weight: Tensor) -> Tensor:
+    """Store a kernel as convolutions of channels-last images read it, else a copy for each."""
+    if weight.ndim != 4:
+        return weight
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
 def repeat_kernel(weight: Tensor) -> Tensor:
     """Merge a 3×3 convolution with the repetition of pixels that precedes it.
 
