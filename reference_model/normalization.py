@@ -63,7 +63,7 @@ def _scaled(
 
 
 class _Normalize(torch.autograd.Function):
-    """y = factor · x / (RMS + EPS), with a gradient that costs three passes instead of nine.
+    """y = factor · x / (RMS + EPS), with a gradient that costs one to three passes, not nine.
 
     Autograd would differentiate the norm step by step. In closed form, over each slice of N
     entries, ∇x = scale · (∇y − y · Σ ∇y·y / norm²), where scale = factor / (RMS + EPS) and
