@@ -89,8 +89,12 @@ class MPResidual(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`, times its share."""
         scale = 1 + self.emb_gain(self.emb_linear(emb))  # (B, out)
-        y = self.conv0(F.silu(x)) * scale[:, :, None, None].to(x.dtype)
-        return self.conv1(self.dropout(F.silu(y)))
+        scale = scale[:, :, None, None].to(x.dtype)
+        y = self.conv0(F.silu(x))
+        # A gradient needs what both steps start from; without one they need no memory.
+        recording = torch.is_grad_enabled()
+        y = F.silu(y * scale if recording else y.mul_(scale), inplace=not recording)
+        return self.conv1(self.dropout(y))
 
 
 class MPAttention(nn.Module):
@@ -119,7 +123,7 @@ class MPAttention(nn.Module):
         q, k, v = normalize(y, dim=4).permute(2, 0, 3, 1, 4)  # (B, heads, HW, C / heads)
         y = F.scaled_dot_product_attention(q, k, v)  # logits divided by √(C / heads)
         y = y.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return torch.add(self.proj(y), x, alpha=self.share)
+        return self.proj(y).add_(x, alpha=self.share)
 
     def _by_kind(self, weight: Tensor) -> Tensor:
         """Put queries, keys and values one after the other.
@@ -165,7 +169,7 @@ class MPEncoderBlock(nn.Module):
         if self.down:
             x = F.avg_pool2d(x, 2)
         x = normalize(self.skip(x), dim=1)
-        x = torch.add(self.residual(x, emb), x, alpha=self.share)
+        x = self.residual(x, emb).add_(x, alpha=self.share)
         return _clip(self.attention(x), self.clip_act)
 
 
@@ -206,7 +210,7 @@ class MPDecoderBlock(nn.Module):
         y = self.residual(x, emb)
         if self.up:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = torch.add(y, self.skip(x), alpha=self.share)
+        x = y.add_(self.skip(x), alpha=self.share)
         return _clip(self.attention(x), self.clip_act)
 
 

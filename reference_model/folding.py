@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from reference_model.mp_layers import MPConv
+from reference_model.mp_layers import MPConv, channels_last
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -45,7 +45,7 @@ def folded_weights(*nets: Any) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.folded = layer.kernel()
+                layer.folded = channels_last(layer.kernel())
         yield
     finally:
         for layer in layers:

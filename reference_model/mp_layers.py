@@ -111,8 +111,6 @@ class MPConv(nn.Module):
             return x @ weight.t()
         if self.up:
             return F.conv_transpose2d(x, weight, stride=2, padding=1)
-        if weight.shape[2:] == (1, 1):  # a matrix product, with pixels last as they are stored
-            return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def kernel(self) -> Tensor:
@@ -136,6 +134,13 @@ class MPConv(nn.Module):
         """Shape in the printed module tree."""
         out_channels, in_channels, *kernel = self.weight.shape
         return f"{in_channels}, {out_channels}, kernel={tuple(kernel)}"
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """Store a kernel as convolutions of channels-last images read it, else a copy for each."""
+    if weight.ndim != 4:
+        return weight
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 def repeat_kernel(weight: Tensor) -> Tensor:

@@ -158,6 +158,17 @@ def test_float32_agrees_with_float64() -> None:
     torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
 
 
+def test_evaluation_without_gradients_gives_the_same_bits() -> None:
+    """It works in place, on nothing that the caller holds."""
+    net = small_net().double().eval()
+    inputs = example_input(net)
+    before = [t.clone() for t in inputs]
+    with torch.no_grad():
+        found = net(*inputs)
+    torch.testing.assert_close(found, net(*inputs), rtol=0, atol=0)
+    torch.testing.assert_close(list(inputs), before, rtol=0, atol=0)
+
+
 def test_initial_network_is_the_skip_connection() -> None:
     """Output gain 0: D = c_skip · x."""
     net = build_model(**SMALL)  # type: ignore[arg-type]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import reference_model.mp_layers as mp_layers
+import reference_model.normalization as normalization
 from reference_model.mp_layers import MPConv
 from reference_model.normalization import normalize, root_mean_square
 
@@ -41,6 +43,41 @@ def test_value_and_gradient_are_those_of_the_definition(
     y, expected = normalize(x, dim, factor=0.7), by_definition(x, dim, factor=0.7)
     assert_close(y, expected)
     assert_close(gradient(y, x) * size, gradient(expected, x) * size)
+
+
+@pytest.mark.parametrize("dim", [1, -1, [1, 2], [0, 3]])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_gradient_does_not_depend_on_how_it_is_computed(
+    dim: int | list[int],
+    memory_format: torch.memory_format,
+    kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By rows with torch's kernel, and by the formula, in every order of storage."""
+    used = []
+    by_rows = normalization._gradient_by_rows
+
+    def counted(grad: Tensor, *arguments: Any) -> Tensor:
+        used.append(grad.shape)
+        return by_rows(grad, *arguments)
+
+    monkeypatch.setattr(normalization, "_gradient_by_rows", counted)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: not kernel)
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 4, 5, dtype=torch.float64).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    found = gradient(normalize(x, dim, factor=0.7), x)
+    assert_close(found, gradient(by_definition(x, dim, factor=0.7), x))
+    assert bool(used) == kernel
+
+
+def test_gradient_survives_another_forced_normalisation() -> None:
+    """Two forwards before one backward: the second overwrites the weight that the first used."""
+    conv = MPConv(4, 3, (3, 3)).train()
+    x = torch.randn(2, 4, 5, 5)
+    (conv(x).sum() + conv(x).sum()).backward()
+    assert conv.weight.grad is not None
 
 
 def test_comparison_of_gradients_can_fail() -> None:
