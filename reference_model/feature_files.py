@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,9 @@ def _original_positions(positions: Tensor, patches: int) -> Tensor:
 def _inception_from_weights(path: Path) -> Any:
     """Put weights into the architecture that torch-fidelity has."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity does not check
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles, which the error below names
+            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity does not check
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} holds neither TorchScript nor weights; a pickle with code of its own, as "

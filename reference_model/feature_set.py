@@ -120,7 +120,8 @@ class FeatureSet:
             ValueError: If the file is missing, damaged, or something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            content = io.BytesIO(Path(path).read_bytes())
+            with np.load(content, allow_pickle=False) as arrays:
                 about = json.loads(str(arrays["about"]))
                 if about["version"] != VERSION:
                     raise ValueError(f"format version {about['version']}, this reads {VERSION}")
