@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,10 @@ def evaluate(
       torchrun --nproc-per-node gpu -m reference_model generate ... --out samples
       evaluate --run-dir runs/digits --from samples
     """  # noqa: D301 (click takes \\b for the character)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise click.UsageError(
+            "evaluate runs in one process; let torchrun `generate`, and measure that by --from"
+        )
     chosen = [*([None] if raw else []), *(sigma_rels or ())]
     if bool(chosen) == bool(sets):
         raise click.UsageError("give --sigma-rel, such as --sigma-rel 0.1, or --raw, or --from")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -175,8 +176,6 @@ def test_misuse_is_explained(run_dir: Path, tmp_path: Path, rows: str):
 
     statistics = ("statistics", "--quiet", "--out", tmp_path / "out.npz")
     data = tmp_path / "set.npy"
-    import numpy as np
-
     np.save(data, np.zeros((9, 8, 8), np.uint8))
     assert "say by --features" in run(*statistics, data, status=1)
     assert "does not come from a file" in run(
@@ -191,13 +190,17 @@ def test_misuse_is_explained(run_dir: Path, tmp_path: Path, rows: str):
 
 
 def _other_shape(run_dir: Path, tmp_path: Path, rows: str) -> str:
-    import numpy as np
-
     np.save(tmp_path / "small.npy", np.zeros((9, 4, 4), np.uint8))
     return run(
         "evaluate", "--run-dir", run_dir, "--quiet", "--features", rows, "--from",
         tmp_path / "small.npy", status=1,
     )  # fmt: skip
+
+
+def test_torchrun_is_for_generating(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    text = run("evaluate", "--run-dir", run_dir, "--raw", status=2)
+    assert "let torchrun `generate`" in " ".join(text.split())
 
 
 def test_protocol_flags_are_taken_over_and_turned_off(run_dir: Path):

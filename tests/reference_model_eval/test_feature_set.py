@@ -29,7 +29,7 @@ def assert_same(a: FeatureSet, b: FeatureSet) -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_parts_of_processes_merge_in_any_order(order: tuple[int, ...], tmp_path: Path):
-    features = np.random.default_rng(0).standard_normal((300, 4)) + [5, 0, 0, -3]
+    features = np.random.default_rng(0).standard_normal((300, 4)) + np.array([5, 0, 0, -3])
     for i in range(3):
         made_of(features[i::3]).save(tmp_path / f"part{i}.npz")
     merged = FeatureSet(4, "network", "abc")

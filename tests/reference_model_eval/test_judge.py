@@ -253,7 +253,7 @@ def test_a_large_set_is_read_in_part_and_told_apart_by_a_sample(monkeypatch: pyt
     from reference_model import pictures as module
 
     digits = Pictures(load_dataset("digits", "held_out"))
-    images, labels = digits.some()
+    images, _ = digits.some()
     assert torch.equal(images, digits.dataset.read())
     monkeypatch.setattr(module, "IN_MEMORY", 100)
     some, some_labels = digits.some()
