@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -48,6 +49,14 @@ class FeatureSet:
     def sample(self) -> NDArray[np.float32]:
         """At most `SAMPLE` feature vectors, `[N, dim]`."""
         return np.concatenate([np.empty((0, self.statistics.dim), np.float32), *self._sample])
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that change with what was seen."""
+        sha = hashlib.sha256(f"{self.network} {self.digest}".encode())
+        for array in self.statistics.to_arrays().values():
+            sha.update(array.tobytes())
+        return sha.hexdigest()[:12]
 
     def update(self, features: ArrayLike) -> None:
         """Add a batch of feature vectors.

@@ -132,8 +132,8 @@ class Judge:
         Returns:
             "network": name of the feature network; "digest": identifies it; "features": their
             number; "accuracy": of the classifier, `None` without; "train_images" and
-            "held_out_images": sizes of the halves; "reference_images": with how many real images
-            is compared.
+            "held_out_images": sizes of the halves; "reference_images" and "reference": number
+            and fingerprint of the real images that are compared with.
         """
         return {
             "network": self._network.name,
@@ -143,6 +143,7 @@ class Judge:
             "train_images": len(self._train),
             "held_out_images": len(self._held_out),
             "reference_images": len(self._reference),
+            "reference": self._reference.fingerprint,
         }
 
     @property

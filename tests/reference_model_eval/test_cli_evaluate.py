@@ -78,12 +78,12 @@ def test_the_table_has_a_line_for_each(run_dir: Path):
 
 def test_guidance_and_solver_are_those_of_generate(run_dir: Path):
     options = ("--sigma-rel", 0.1, "--repeats", 1, "--sampler", "euler", "--sigma-max", 40)
-    guided = ("--guidance", 2, "--guidance-sigma-rel", 0.2, "--guidance-interval", "0.1,20")
+    guided = ("--guidance", 2, "--guidance-sigma-rel", 0.2, "--guidance-interval", "0.1,50")
     (plain,) = measure(run_dir, *options)["measurements"]
     (row,) = measure(run_dir, *options, *guided)["measurements"]
     assert row["distances"] != plain["distances"]
     net, gnet = load_networks([Weights(run_dir, 0.1), Weights(run_dir, 0.2)])
-    guide = Guide(gnet, 2.0, (0.1, 20.0))
+    guide = Guide(gnet, 2.0, (0.1, 50.0))
     protocol = chosen_protocol(run_dir, {"repeats": 1})
     score = Judge(load_config(run_dir), protocol, run_dir, progress=False).score(
         net, gnet=[guide.net], guidance=[guide.guidance], guidance_interval=[guide.interval],

@@ -121,6 +121,10 @@ def test_the_features_of_real_images_are_computed_once(
     monkeypatch.undo()
     given = Judge(config_for("digits"), by_path, tmp_path / "other", progress=False)
     assert given.score(tiny_network()) == first.score(tiny_network())
+    # Who compares records sees what was compared with, not where it was kept.
+    assert given.describe()["reference"] == first.describe()["reference"]
+    train = Judge(config, replace(protocol, reference="train"), tmp_path, progress=False)
+    assert train.describe()["reference"] != first.describe()["reference"]
     assert not (tmp_path / "other").exists()
 
 
