@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,11 @@ from tqdm import tqdm
 
 from reference_model.checkpoint import write_atomically
 from reference_model.encoders import encode_pixels
+from reference_model.features import weights_digest
+from reference_model.pictures import Pictures
+
+FINEST = 16
+"""Pixels on a side at which images of any size are looked at; finer detail becomes channels."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,16 @@ class ClassifierConfig:
     noise: float = 0.1
     seed: int = 0
 
+    @classmethod
+    def for_images(cls, count: int) -> ClassifierConfig:
+        """Return what suits a number of training images.
+
+        Few images are seen many times, many a few times; and where there are thousands of held-out
+        images to compare with, more features see more.
+        """
+        epochs = min(cls.epochs, max(2, 120_000 // count))
+        return cls(epochs=epochs) if count < 20_000 else cls(epochs=epochs, num_features=128)
+
 
 class Classifier(nn.Module):
     """Three convolutions and two linear layers; the features are what the first of these gives.
@@ -60,16 +77,28 @@ class Classifier(nn.Module):
         config: Widths and training options.
         in_channels: Channels of an image.
         num_classes: Number of classes.
+        size: Height and width of an image, the larger of both.
+
+    Attributes:
+        name: As in `features.FeatureNetwork`.
+        dim: As in `features.FeatureNetwork`.
     """
+
+    name = "classifier"
 
     feature_mean: Tensor
     feature_std: Tensor
 
-    def __init__(self, config: ClassifierConfig, in_channels: int, num_classes: int) -> None:
+    def __init__(
+        self, config: ClassifierConfig, in_channels: int, num_classes: int, size: int
+    ) -> None:
         super().__init__()
         hidden, features = config.hidden_channels, config.num_features
-        self.config = config
-        self.conv1 = nn.Conv2d(in_channels, hidden // 2, 3, padding=1)
+        self.config, self.dim = config, features
+        stride = -(-size // FINEST)
+        self.conv1 = nn.Conv2d(
+            in_channels, hidden // 2, 2 * stride + 1, stride=stride, padding=stride
+        )
         self.conv2 = nn.Conv2d(hidden // 2, hidden, 3, padding=1)
         self.conv3 = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.linear = nn.Linear(4 * hidden, features)
@@ -97,8 +126,17 @@ class Classifier(nn.Module):
         """
         return self.head(F.silu(self._activations(x)))
 
+    @cached_property
+    def digest(self) -> str:
+        """As in `features.FeatureNetwork`; the weights must not change any more."""
+        return weights_digest(self.state_dict().items())
+
+    def describe(self, images: Tensor) -> NDArray[np.float64]:
+        """Standardised features, float64 ``[N, dim]``, of images, uint8 ``[N, C, H, W]``."""
+        return self.read(images)[0]
+
     @torch.inference_mode()
-    def describe(
+    def read(
         self, images: Tensor, batch_size: int = 1024
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Features and predicted classes of images.
@@ -108,22 +146,24 @@ class Classifier(nn.Module):
             batch_size: Images per forward pass.
 
         Returns:
-            Standardised features ``[N, num_features]`` float64 and classes ``[N]`` int64.
+            Standardised features ``[N, dim]`` float64 and classes ``[N]`` int64.
         """
         features, classes = [], []
+        device = self.feature_mean.device
         for batch in images.split(batch_size):
-            hidden = self._activations(encode_pixels(batch))
+            hidden = self._activations(encode_pixels(batch.to(device)))
             features.append((hidden - self.feature_mean) / self.feature_std)
             classes.append(self.head(F.silu(hidden)).argmax(dim=1))
-        return torch.cat(features).double().numpy(), torch.cat(classes).numpy()
-
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Fraction of images ``[N, C, H, W]`` put into their class ``[N]``."""
-        return float((self.describe(images)[1] == labels.numpy()).mean())
+        return torch.cat(features).double().cpu().numpy(), torch.cat(classes).cpu().numpy()
 
 
 def train_classifier(
-    config: ClassifierConfig, images: Tensor, labels: Tensor, *, progress: bool = True
+    config: ClassifierConfig,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    progress: bool = True,
 ) -> Classifier:
     """Train from scratch; the same config and images give the same classifier.
 
@@ -133,41 +173,49 @@ def train_classifier(
         config: Widths and training options.
         images: Training images, uint8 ``[N, C, H, W]``.
         labels: Their classes ``[N]`` int64, counted from 0.
+        num_classes: Number of classes, at least 2.
         progress: Whether to show a progress bar.
 
     Returns:
         The classifier in evaluation mode.
 
     Raises:
-        ValueError: If there are fewer images than one batch or labels do not pair up.
+        ValueError: If there are fewer images than one batch, labels do not pair up, or there is
+            nothing to tell apart.
     """
     if len(images) != len(labels) or len(images) < config.batch_size:
         raise ValueError(
             f"the classifier needs at least {config.batch_size} images, one label each "
             f"(got {len(images)} images, {len(labels)} labels)"
         )
-    x, y = encode_pixels(images), labels
-    steps_per_epoch = len(x) // config.batch_size
+    if num_classes < 2:
+        raise ValueError("a classifier needs at least two classes to tell apart (got one)")
+    steps_per_epoch = len(images) // config.batch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Classifier(config, in_channels=x.shape[1], num_classes=int(y.max()) + 1)
+        model = Classifier(config, images.shape[1], num_classes, size=max(images.shape[2:]))
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
+        steps = config.epochs * steps_per_epoch
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=config.epochs * steps_per_epoch
+            optimizer, config.learning_rate, total_steps=steps
         )
-        for _ in tqdm(range(config.epochs), desc="classifier", unit="epoch", disable=not progress):
-            order = torch.randperm(len(x))[: steps_per_epoch * config.batch_size]
-            for batch in order.split(config.batch_size):
-                noisy = x[batch] + config.noise * torch.randn_like(x[batch])
-                loss = F.cross_entropy(model(noisy), y[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        with tqdm(total=steps, desc="classifier", unit="step", disable=not progress) as bar:
+            for _ in range(config.epochs):
+                order = torch.randperm(len(images))[: steps_per_epoch * config.batch_size]
+                for batch in order.split(config.batch_size):
+                    x = encode_pixels(images[batch])
+                    noisy = x + config.noise * torch.randn_like(x)
+                    loss = F.cross_entropy(model(noisy), labels[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
 
     model.eval()
     with torch.no_grad():
-        activations = torch.cat([model._activations(batch) for batch in x.split(1024)])
+        batches = [model._activations(encode_pixels(batch)) for batch in images.split(1024)]
+        activations = torch.cat(batches)
         model.feature_mean.copy_(activations.mean(dim=0))
         model.feature_std.copy_(activations.std(dim=0).clamp_min(1e-6))
     return model
@@ -175,54 +223,54 @@ def train_classifier(
 
 def cached_classifier(
     config: ClassifierConfig,
-    images: Tensor,
-    labels: Tensor,
-    cache_dir: str | Path,
+    pictures: Pictures,
+    cache_dir: str | os.PathLike[str],
     *,
     progress: bool = True,
-) -> tuple[Classifier, str]:
+) -> Classifier:
     """Load the classifier of this config and these images, or train and store it.
 
     Args:
         config: Widths and training options.
-        images: Training images, uint8 ``[N, C, H, W]``.
-        labels: Their classes ``[N]`` int64.
+        pictures: Training images with classes; of more than `pictures.IN_MEMORY` as many are used.
         cache_dir: Folder of the cached file, created if missing.
         progress: Whether to show a progress bar if it must train.
 
     Returns:
-        The classifier in evaluation mode, and a digest of config and data: distances are
-        comparable only under the same one.
+        The classifier in evaluation mode.
+
+    Raises:
+        ValueError: As `train_classifier`.
     """
-    digest = _digest(config, images, labels)
-    path = Path(cache_dir) / f"classifier-{digest}.safetensors"
+    path = Path(cache_dir) / f"classifier-{_key(config, pictures)}.safetensors"
     if path.exists():
-        return _load(path, config), digest
-    model = train_classifier(config, images, labels, progress=progress)
+        return _load(path, config)
+    images, labels = pictures.some()
     about = {
-        "config": asdict(config),
         "in_channels": int(images.shape[1]),
-        "num_classes": int(labels.max()) + 1,
+        "num_classes": pictures.dataset.num_classes,
+        "size": max(images.shape[2:]),
     }
+    model = train_classifier(config, images, labels, about["num_classes"], progress=progress)
     content = save(model.state_dict(), metadata={"about": json.dumps(about, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(content))
-    return model, digest
+    return model
 
 
 def _load(path: Path, config: ClassifierConfig) -> Classifier:
-    with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["about"])
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-    model = Classifier(config, about["in_channels"], about["num_classes"])
-    model.load_state_dict(state)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        model = Classifier(config, **about)
+        model.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it to train anew") from error
     return model.eval()
 
 
-def _digest(config: ClassifierConfig, images: Tensor, labels: Tensor) -> str:
+def _key(config: ClassifierConfig, pictures: Pictures) -> str:
     """Twelve hexadecimal digits that change with the config or the data."""
-    about = {"config": asdict(config), "shape": list(images.shape), "version": 2}
-    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for data in (images, labels):
-        sha.update(data.numpy().tobytes())
-    return sha.hexdigest()[:12]
+    about = {"config": asdict(config), "data": pictures.fingerprint, "version": 3}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]

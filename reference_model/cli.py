@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from reference_model import cli_data, cli_evaluation, cli_generate, cli_toy, cli_train
+from reference_model import (
+    cli_data,
+    cli_evaluate,
+    cli_evaluation,
+    cli_generate,
+    cli_toy,
+    cli_train,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -27,7 +34,8 @@ for _command in (
     cli_data.prepare,
     cli_train.train,
     cli_generate.generate,
-    cli_evaluation.evaluate,
+    cli_evaluate.evaluate,
+    cli_evaluate.statistics,
     cli_evaluation.sweep,
     cli_evaluation.report,
     cli_evaluation.demo,

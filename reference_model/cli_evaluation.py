@@ -1,15 +1,14 @@
-"""Commands that measure a run: evaluate, sweep, report, demo."""
+"""Commands that measure many EMA lengths, and report: sweep, report, demo."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from reference_model.cli_protocol import chosen_protocol, protocol_options
 from reference_model.cli_support import (
     SigmaRels,
     errors_as_messages,
@@ -17,68 +16,6 @@ from reference_model.cli_support import (
     quiet_option,
     run_dir_option,
 )
-from reference_model.protocol import Protocol
-
-
-def protocol_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of a measuring protocol."""
-    for spec in reversed(fields(Protocol)):
-        option = click.option(
-            f"--{spec.name.replace('_', '-')}",
-            spec.name,
-            type=int,
-            help=f"{spec.metadata['help']}  [default: {spec.default}]",
-        )
-        command = option(command)
-    return command
-
-
-def chosen_protocol(run_dir: Path, options: dict[str, int | None]) -> Protocol:
-    """The protocol of the run's sweep, if there was one, with the options given."""
-    from reference_model.sweep_record import load_record
-
-    record = load_record(run_dir)
-    before = Protocol() if record is None else Protocol(**record.settings["protocol"])
-    return replace(before, **{name: n for name, n in options.items() if n is not None})
-
-
-@click.command()
-@run_dir_option
-@click.option("--sigma-rel", type=float, help="EMA length, as a fraction of training time.")
-@click.option("--raw", is_flag=True, help="Measure the raw training weights.")
-@protocol_options
-@json_option
-@quiet_option
-def evaluate(
-    run_dir: Path,
-    sigma_rel: float | None,
-    raw: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: int | None,
-) -> None:
-    """Measure images of one EMA length, or of the raw weights.
-
-    Prints the Fréchet distance between generated and held-out images, in the features of a
-    classifier that is trained on the run's data set once and kept in the run directory. Lower is
-    better; compare only distances of equally many images. Options not given are those of the run's
-    sweep, if there was one.
-    """
-    if (sigma_rel is None) == (not raw):
-        raise click.UsageError("give either --sigma-rel, such as --sigma-rel 0.1, or --raw")
-    with errors_as_messages():
-        from reference_model.sweep import evaluate as run_evaluation
-
-        score = run_evaluation(
-            run_dir, sigma_rel, chosen_protocol(run_dir, options), progress=not quiet
-        )
-    if as_json:
-        numbers = {"distance": score.distance, "standard_error": _number(score.error)}
-        click.echo(json.dumps({"sigma_rel": sigma_rel, **numbers, **asdict(score)}))
-    else:
-        agreement = 100 * sum(score.agreement) / len(score.agreement)
-        click.echo(f"Fréchet distance  {score.distance:.4f} ± {score.error:.4f}")
-        click.echo(f"Read as intended  {agreement:.1f} %")
 
 
 @click.command()
@@ -95,7 +32,7 @@ def evaluate(
 @json_option
 @quiet_option
 def sweep(
-    run_dir: Path, sigma_rels: tuple[float, ...], as_json: bool, quiet: bool, **options: int | None
+    run_dir: Path, sigma_rels: tuple[float, ...], as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Measure many EMA lengths and the raw weights, and write the report.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -97,20 +97,28 @@ def guidance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--guidance", type=float, help=strength)(command)
 
 
-def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command one option for each field of `SamplerConfig`."""
+def sampler_options(*, without: Collection[str] = ()) -> Callable[..., Any]:
+    """Give a command one option for each field of `SamplerConfig`.
+
+    Args:
+        without: Fields that it has no option for.
+    """
     hints = get_type_hints(SamplerConfig)
-    for spec in reversed(fields(SamplerConfig)):
-        kind = click.Choice(["heun", "euler"]) if spec.name == "sampler" else hints[spec.name]
-        command = click.option(
-            f"--{spec.name.replace('_', '-')}",
-            spec.name,
-            type=kind,
-            default=spec.default,
-            show_default=True,
-            help=spec.metadata["help"],
-        )(command)
-    return command
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for spec in reversed([f for f in fields(SamplerConfig) if f.name not in without]):
+            kind = click.Choice(["heun", "euler"]) if spec.name == "sampler" else hints[spec.name]
+            command = click.option(
+                f"--{spec.name.replace('_', '-')}",
+                spec.name,
+                type=kind,
+                default=spec.default,
+                show_default=True,
+                help=spec.metadata["help"],
+            )(command)
+        return command
+
+    return decorate
 
 
 @click.command()
@@ -130,7 +138,7 @@ def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--class", "--classes", "classes", help="Classes, taken in turn, as in 0-9; otherwise random."
 )
 @guidance_options
-@sampler_options
+@sampler_options()
 @click.option("--batch-size", default=64, show_default=True, help="Does not change the images.")
 @device_option
 @threads_option
@@ -180,10 +188,7 @@ def generate(
 
     if (sigma_rel is None) == (not raw):
         raise click.UsageError("give either --sigma-rel, such as --sigma-rel 0.1, or --raw")
-    of_guide = {key: options.pop(f"guidance_{key.replace('-', '_')}") for key in GUIDE_KEYS}
-    wanted = [{"guidance": guidance, **of_guide}] if guidance is not None else []
-    if guidance is None and any(value is not None for value in of_guide.values()):
-        raise click.UsageError("a guide without strength: add --guidance, such as --guidance 1.5")
+    wanted = guides_wanted(guidance, more_guides, options)
     set_threads(threads)
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -194,7 +199,7 @@ def generate(
             out,
             parse_numbers(seeds, "seeds"),
             sigma_rel=sigma_rel,
-            guides=[as_guide(values, run_dir, sigma_rel) for values in (*wanted, *more_guides)],
+            guides=[as_guide(values, run_dir, sigma_rel) for values in wanted],
             classes=None if classes is None else parse_numbers(classes, "classes"),
             sampler=SamplerConfig(**options),
             part=part or (rank + 1, count),
@@ -206,6 +211,22 @@ def generate(
         )
     kept = f" ({done.kept:,} were there)" if done.kept else ""
     click.echo(f"Wrote {done.grid or f'{done.made:,} images to {out}'}{kept}")
+
+
+def guides_wanted(
+    guidance: float | None, more_guides: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return what `guidance_options` gave, for `as_guide`, and take it out of the other options.
+
+    Raises:
+        click.UsageError: If something is said of a guide, but not how strong it is.
+    """
+    of_guide = {key: options.pop(f"guidance_{key.replace('-', '_')}") for key in GUIDE_KEYS}
+    if guidance is not None:
+        return [{"guidance": guidance, **of_guide}, *more_guides]
+    if any(value is not None for value in of_guide.values()):
+        raise click.UsageError("a guide without strength: add --guidance, such as --guidance 1.5")
+    return list(more_guides)
 
 
 def as_guide(values: dict[str, Any], run_dir: Path, sigma_rel: float | None) -> Guide:

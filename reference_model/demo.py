@@ -140,7 +140,8 @@ def remove_run(run_dir: Path) -> None:
     """Remove the files of a run, and nothing else that may be in its directory."""
     for name in (CONFIG_FILE, CHECKPOINT_FILE, STATS_FILE, SWEEP_FILE, REPORT_FILE):
         (run_dir / name).unlink(missing_ok=True)
-    for path in run_dir.glob("classifier-*.safetensors"):
-        path.unlink()
+    for pattern in ("classifier-*.safetensors", "reference-*.npz"):
+        for path in run_dir.glob(pattern):
+            path.unlink()
     for name in (SNAPSHOTS, SAMPLES):
         shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -100,7 +100,7 @@ def generate(
         raise ValueError("seeds must be at least one, each named once")
     config = load_config(run_dir)
     for guide in guides:
-        _check_guide(guide.net, config)
+        check_guide(guide.net, config)
     encoder = make_encoder(config.encoder, config.vae)
     # Decoding nothing tells the size, and before hours of sampling whether images can be decoded.
     nothing = encoder.decode(torch.empty(0, *config.network.input_shape))
@@ -184,8 +184,16 @@ def _is_complete(path: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
     )
 
 
-def _check_guide(weights: Weights, config: TrainConfig) -> None:
-    """Refuse a guide that takes other images or classes than the network it is to guide."""
+def check_guide(weights: Weights, config: TrainConfig) -> None:
+    """Refuse a guide that takes other images or classes than the network it is to guide.
+
+    Args:
+        weights: Of the guide.
+        config: Of the run whose network it is to guide.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
     guide = load_config(weights.run_dir)
     for name in ("encoder", "img_channels", "img_resolution", "label_dim"):
         takes, needed = (

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from reference_model.classifier import ClassifierConfig, cached_classifier
+from reference_model.classifier import Classifier, ClassifierConfig, cached_classifier
 from reference_model.configs import TrainConfig
-from reference_model.data import Dataset, load_dataset
-from reference_model.encoders import PIXELS, Encoder, make_encoder
-from reference_model.folding import folded_weights
-from reference_model.metrics import FeatureStatistics, frechet_distance, mean_and_error
-from reference_model.protocol import Protocol
-from reference_model.sampler import evaluating, generate_images
+from reference_model.data import load_dataset
+from reference_model.encoders import make_encoder
+from reference_model.feature_files import load_features
+from reference_model.feature_set import FeatureSet
+from reference_model.features import FeatureNetwork
+from reference_model.held_out_loss import loss_at_levels
+from reference_model.metrics import frechet_distance, mean_and_error
+from reference_model.parallel_generation import generate_in_parallel
+from reference_model.pictures import Pictures
+from reference_model.precision_recall import precision_recall
+from reference_model.protocol import CLASSIFIER, HELD_OUT_IMAGES, TRAINING_IMAGES, Protocol
+from reference_model.reference_images import class_cycle, draw_images, reference_features
+
+HELD_OUT_LOSS = "held-out loss"
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,16 @@ class Score:
     """Measurements of one set of weights, one number for each repeat.
 
     Attributes:
-        distances: Fréchet distance to the held-out images; lower is better.
-        agreement: Fraction of images that the classifier reads as the class asked for.
+        distances: Fréchet distance to the real images; lower is better.
+        agreement: Fraction of images that the classifier reads as the class asked for; empty
+            where no class was asked for, and with feature networks that read none.
+        more: Other measures by name: "precision" and "recall", and "held-out loss" if the
+            protocol asks for it.
     """
 
     distances: tuple[float, ...]
-    agreement: tuple[float, ...]
+    agreement: tuple[float, ...] = ()
+    more: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def distance(self) -> float:
@@ -45,140 +57,119 @@ class Score:
         return mean_and_error(self.distances)[1]
 
 
-class Pixels(NamedTuple):
-    """Images, uint8 ``[N, C, H, W]``, and their classes, int64 ``[N]``."""
-
-    images: Tensor
-    labels: Tensor
-
-
-def generate_in_parallel(
-    net: Any,
-    protocol: Protocol,
-    repeat: int,
-    classes: Tensor | None = None,
-    encoder: Encoder = PIXELS,
-    **sampler_options: Any,
-) -> Tensor:
-    """Images of one repeat, with a batch on each CPU thread at a time.
-
-    A network of few channels leaves a second thread inside its operations nothing to do: two
-    batches side by side take half the time of one after the other. The images are the same.
-
-    Args:
-        net: A network as `generate_images` takes it.
-        protocol: What is generated and how.
-        repeat: Which repeat, counted from 0.
-        classes: Class of each image, int64 ``[images]``; not used by an unconditional network.
-        encoder: Turns network output into pixels.
-        **sampler_options: As `image_batches` takes them: guidance, for example.
-
-    Returns:
-        uint8 ``[images, C, H, W]``.
-    """
-    seeds, labels = protocol.seeds(repeat), classes if net.config.label_dim else None
-
-    def generate(start: int) -> Tensor:
-        batch = slice(start, start + protocol.batch_size)
-        return generate_images(
-            net,
-            seeds[batch],
-            None if labels is None else labels[batch],
-            batch_size=protocol.batch_size,
-            num_steps=protocol.num_steps,
-            encoder=encoder,
-            **sampler_options,
-        )
-
-    starts = range(0, len(seeds), protocol.batch_size)
-    threads = torch.get_num_threads()
-    if next(net.parameters()).device.type != "cpu" or threads == 1:
-        return torch.cat([generate(start) for start in starts])
-    nets = (net, sampler_options.get("gnet"))
-    torch.set_num_threads(1)  # of each thread of the pool
-    try:
-        # Before the threads share them; in each sampler alone, others would find them unfolded.
-        with evaluating(*nets), folded_weights(*nets), ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(generate, starts)))
-    finally:
-        torch.set_num_threads(threads)
-
-
 class Judge:
-    """Compares images with a data set's held-out images, in a classifier's feature space.
+    """Compares images with real ones of a data set, in the space of a feature network.
 
     Args:
         config: The run's config: its data set, and how pixels become network input.
-        protocol: What is generated and how.
-        cache_dir: Where the classifier is kept once trained.
-        classifier: How the classifier is built and trained.
-        progress: Whether to show a progress bar if the classifier must be trained.
+        protocol: What is generated, and with what it is compared.
+        cache_dir: Where the classifier, and the features of the real images, are kept.
+        classifier: How the classifier is built and trained; `None`: by the number of images.
+        device: Where feature networks from files compute.
+        progress: Whether to show progress of what is not in the cache.
 
     Attributes:
         encoder: Turns network output into pixels.
-        digest: Identifies classifier and training data; scores under another are not comparable.
-        accuracy: Of the classifier on the held-out images.
+        num_classes: Number of classes of the data set; 0 if it has none.
+        digest: Identifies the feature network; scores under another are not comparable.
+        accuracy: Of the classifier on the held-out images; `None` without classifier.
+
+    Raises:
+        ValueError: If the feature network cannot be had, or the protocol or the data set has too
+            few images for its features.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         protocol: Protocol,
-        cache_dir: str | Path,
+        cache_dir: str | os.PathLike[str],
         *,
         classifier: ClassifierConfig | None = None,
+        device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> None:
-        classifier = classifier or ClassifierConfig()
-        if protocol.images <= classifier.num_features:
-            # Refused by the distance too, but after minutes of training and sampling.
-            raise ValueError(
-                f"a Fréchet distance of {classifier.num_features} features needs at least "
-                f"{classifier.num_features + 1} images in each repeat (got {protocol.images})"
-            )
         self.protocol = protocol
         self.encoder = make_encoder(config.encoder, config.vae)
-        self._train = self._pixels(load_dataset(config.data, "train", held_out=config.held_out))
-        held_out = load_dataset(config.data, "held_out", held_out=config.held_out)
-        self._held_out = self._pixels(held_out)
-        self.num_classes = held_out.num_classes
-        if self.num_classes == 0:
-            raise ValueError(
-                f"{config.data} has no classes, and this measure is a classifier's; give the "
-                "images classes"
+        halves = [
+            Pictures(load_dataset(config.data, split, held_out=config.held_out), self.encoder)
+            for split in ("train", "held_out")
+        ]
+        self._train, self._held_out = halves
+        self.num_classes = self._held_out.dataset.num_classes
+        shares = np.bincount(self._train.dataset.labels.numpy())
+        self._classes = class_cycle(shares, protocol.images)
+        if protocol.held_out_loss and not config.held_out:
+            _check_held_out(config, self._held_out)
+
+        self._classifier: Classifier | None = None
+        self._network: FeatureNetwork
+        if protocol.features == CLASSIFIER:
+            if self.num_classes == 0:
+                raise ValueError(
+                    f"{config.data} has no classes, and this measure is a classifier's; give the "
+                    "images classes, or choose other features: inception:FILE, dinov2:FOLDER or "
+                    "torchscript:FILE"
+                )
+            classifier = classifier or ClassifierConfig.for_images(len(self._train))
+            self._check_counts(classifier.num_features)
+            self._classifier = cached_classifier(
+                classifier, self._train, cache_dir, progress=progress
             )
-        self._classifier, self.digest = cached_classifier(
-            classifier, self._train.images, self._train.labels, cache_dir, progress=progress
+            self._network = self._classifier
+        else:
+            self._network = load_features(protocol.features, self._held_out.shape, device)
+            self._check_counts(self._network.dim)
+        self.digest = self._network.digest
+        self._reference = reference_features(
+            protocol.reference, self._real_images, self._network, cache_dir, progress=progress
         )
-        self.accuracy = self._classifier.accuracy(self._held_out.images, self._held_out.labels)
-        self._reference = self._statistics(self._classifier.describe(self._held_out.images)[0])
+        self.accuracy = self._measure_accuracy()
 
     def describe(self) -> dict[str, Any]:
-        """What the numbers rest on, as plain data for reports."""
+        """What the numbers rest on, as plain data for reports.
+
+        Returns:
+            "network": name of the feature network; "digest": identifies it; "features": their
+            number; "accuracy": of the classifier, `None` without; "train_images" and
+            "held_out_images": sizes of the halves; "reference_images" and "reference": number
+            and fingerprint of the real images that are compared with.
+        """
         return {
+            "network": self._network.name,
             "digest": self.digest,
-            "features": self._reference.dim,
+            "features": self._network.dim,
             "accuracy": self.accuracy,
-            "train_images": len(self._train.images),
-            "held_out_images": len(self._held_out.images),
+            "train_images": len(self._train),
+            "held_out_images": len(self._held_out),
+            "reference_images": len(self._reference),
+            "reference": self._reference.fingerprint,
         }
 
+    @property
+    def classes(self) -> Tensor:
+        """Class of each image of a repeat, int64 `[images]`; zeros where there are no classes.
+
+        They come in turn, the same number of each; where some classes have more than twice as many
+        training images as others, as often as in the data set, in a fixed random order.
+        """
+        return torch.from_numpy(self._classes)
+
     def judge(self, images: Tensor, classes: Tensor) -> tuple[float, Tensor]:
-        """Compare one set of images with the held-out ones.
+        """Compare one set of images with the real ones.
 
         Args:
             images: uint8 ``[N, C, H, W]``, N above the number of features.
             classes: The class that each was meant to show, int64 ``[N]``.
 
         Returns:
-            The Fréchet distance, and the class as which each is read, int64 ``[N]``.
+            The Fréchet distance, and the class as which each is read, int64 ``[N]``; no class is
+            read without classifier.
         """
-        features, read_as = self._classifier.describe(images)
         if len(classes) != len(images):
             raise ValueError(f"{len(images)} images with {len(classes)} classes")
-        return frechet_distance(self._statistics(features), self._reference), torch.from_numpy(
-            read_as
-        )
+        features, read_as = self._look_at(images)
+        return frechet_distance(features.statistics, self._reference.statistics), read_as
 
     def score(
         self,
@@ -191,63 +182,169 @@ class Judge:
         Args:
             net: A network as `generate_images` takes it.
             on_repeat: Called after each repeat with its images, uint8 ``[N, C, H, W]``, and
-                the classes that they are read as, int64 ``[N]``.
+                the classes that they are read as, int64 ``[N]``, or none without classifier.
             **sampler_options: As `image_batches` takes them: guidance, for example.
         """
-        protocol = self.protocol
-        classes = torch.tensor(protocol.classes(self.num_classes))
-        distances, agreement = [], []
+        protocol, classes = self.protocol, self.classes
+        sets, agreement, losses = [], [], []
         for repeat in range(protocol.repeats):
             images = generate_in_parallel(
                 net, protocol, repeat, classes, self.encoder, **sampler_options
             )
-            distance, read_as = self.judge(images, classes)
-            distances.append(distance)
-            agreement.append(float((read_as == classes).double().mean()))
+            features, read_as = self._look_at(images)
+            sets.append(features)
+            if self._classifier is not None and net.config.label_dim:
+                agreement.append(float((read_as == classes).double().mean()))
+            if protocol.held_out_loss:
+                losses.append(self._held_out_loss(net, repeat))
             on_repeat(images, read_as)
-        return Score(tuple(distances), tuple(agreement))
+        more = {HELD_OUT_LOSS: tuple(losses)} if losses else {}
+        return self.score_features(sets, agreement, more)
 
     def score_real(self) -> Score:
-        """Score real training images in place of generated ones: what a perfect model would get.
+        """Score real images in place of generated ones: what a perfect model would get.
 
-        It is not zero: both sets are finite. Each repeat draws as many images, as evenly over the
-        classes, as a repeat of :meth:`score` generates; fewer where the data set has not as many.
+        It is not zero: both sets are finite. They come from the half that is not compared with:
+        training images, or with `reference="train"` held-out ones. Each repeat draws as many
+        images, of the same classes, as a repeat of :meth:`score` generates; fewer where the half
+        has not as many.
         """
-        distances, agreement = [], []
-        labels = self._train.labels.numpy()
-        members = [np.flatnonzero(labels == c) for c in range(self.num_classes)]
-        each = min(self.protocol.images // self.num_classes, min(map(len, members)))
+        half = self._held_out if self.protocol.reference == TRAINING_IMAGES else self._train
+        labels, sets, agreement = half.dataset.labels, [], []
         for repeat in range(self.protocol.repeats):
             rng = np.random.default_rng((self.protocol.first_seed, repeat))
-            drawn = np.concatenate([rng.permutation(of_class)[:each] for of_class in members])
-            chosen = torch.from_numpy(drawn)
-            classes = self._train.labels[chosen]
-            distance, read_as = self.judge(self._train.images[chosen], classes)
-            distances.append(distance)
-            agreement.append(float((read_as == classes).double().mean()))
-        return Score(tuple(distances), tuple(agreement))
+            chosen = draw_images(labels.numpy(), self._classes, rng)
+            features, read_as = self._look_at(half.read(chosen))
+            sets.append(features)
+            if self._classifier is not None:
+                agreement.append(float((read_as == labels[chosen]).double().mean()))
+        return self.score_features(sets, agreement)
+
+    def describe_pictures(self, pictures: Pictures, *, progress: bool = False) -> FeatureSet:
+        """Features of images that are there already, for `score_features`.
+
+        Args:
+            pictures: The images.
+            progress: Whether to show progress.
+
+        Raises:
+            ValueError: If they are of another shape than the real ones.
+        """
+        if pictures.shape != self._held_out.shape:
+            raise ValueError(
+                f"{pictures.dataset.source.where} has images of shape {pictures.shape}, and the "
+                f"real ones are of shape {self._held_out.shape} (channels, height, width)"
+            )
+        return pictures.describe(self._network, progress=progress)
+
+    def score_features(
+        self,
+        sets: Sequence[FeatureSet],
+        agreement: Iterable[float] = (),
+        more: Mapping[str, tuple[float, ...]] | None = None,
+    ) -> Score:
+        """Compare features with those of the real images, each set as one repeat.
+
+        Args:
+            sets: Features of this judge's network.
+            agreement: Of each repeat, where a classifier has read classes.
+            more: Other measures to include.
+
+        Raises:
+            ValueError: If a set is too small, of another network, or of another size than the
+                first: distances of unequal sizes cannot be compared.
+        """
+        for features in sets:
+            self._reference.check_network(features.network, features.digest)
+            if len(features) != len(sets[0]):
+                raise ValueError(
+                    f"the sets have {len(sets[0])} and {len(features)} images; the fewer images, "
+                    "the larger the distance: give all sets the same number"
+                )
+        real = self._reference
+        distances = [frechet_distance(s.statistics, real.statistics) for s in sets]
+        pairs = [precision_recall(real.sample, s.sample) for s in sets]
+        return Score(
+            tuple(distances),
+            tuple(agreement),
+            {
+                "precision": tuple(p.precision for p in pairs),
+                "recall": tuple(p.recall for p in pairs),
+                **(more or {}),
+            },
+        )
 
     def real_images(self, classes: Sequence[int]) -> Tensor:
-        """Held-out images of these classes, in turn: uint8 ``[len(classes), C, H, W]``."""
-        labels = self._held_out.labels.numpy()
-        members = {c: np.flatnonzero(labels == c) for c in set(classes)}
-        used = dict.fromkeys(members, 0)
+        """Real images of these classes, in turn: uint8 ``[len(classes), C, H, W]``.
+
+        They are held-out ones, or training images of classes that have no held-out one; without
+        classes, the first held-out ones.
+        """
+        used: dict[int, int] = {}
         chosen = []
         for c in classes:
-            chosen.append(members[c][used[c] % len(members[c])])
-            used[c] += 1
-        return self._held_out.images[torch.tensor(chosen)]
+            half, members = self._members(c)
+            chosen.append(half.read(members[[used.get(c, 0) % len(members)]]))
+            used[c] = used.get(c, 0) + 1
+        return torch.cat(chosen)
 
-    def _pixels(self, dataset: Dataset) -> Pixels:
-        """All images of a data set, latents decoded."""
-        images = dataset.read()
-        if images.is_floating_point():
-            batches = images.split(self.protocol.batch_size)
-            decoded = [self.encoder.decode(self.encoder.encode(z)) for z in batches]
-            images = torch.cat(decoded)
-        return Pixels(images, dataset.labels)
+    def _members(self, label: int) -> tuple[Pictures, NDArray[np.int64]]:
+        """Images of a class, and the half that they are in."""
+        for half in (self._held_out, self._train):
+            members = np.flatnonzero(half.dataset.labels.numpy() == label)
+            if len(members):
+                return half, members
+        raise ValueError(f"the data set has no image of class {label}")
 
-    def _statistics(self, features: Any) -> FeatureStatistics:
-        statistics = FeatureStatistics(features.shape[1])
-        statistics.update(features)
-        return statistics
+    @property
+    def _real_images(self) -> Pictures:
+        return self._train if self.protocol.reference == TRAINING_IMAGES else self._held_out
+
+    def _look_at(self, images: Tensor) -> tuple[FeatureSet, Tensor]:
+        """Features of images, and the classes as which the classifier, if any, reads them."""
+        features = FeatureSet(self._network.dim, self._network.name, self.digest)
+        read_as = np.empty(0, np.int64)
+        if self._classifier is not None:
+            vectors, read_as = self._classifier.read(images)
+        else:
+            vectors = self._network.describe(images)
+        features.update(vectors)
+        return features, torch.from_numpy(read_as)
+
+    def _held_out_loss(self, net: Any, repeat: int) -> float:
+        protocol, dataset = self.protocol, self._held_out.dataset
+        count = min(protocol.images, len(dataset))
+        seed = protocol.seeds(repeat).start
+        loss = loss_at_levels(
+            net, dataset, self.encoder, count=count, seed=seed, batch_size=protocol.batch_size
+        )
+        return loss.mean
+
+    def _measure_accuracy(self) -> float | None:
+        if self._classifier is None:
+            return None
+        images, labels = self._held_out.some()
+        return float((self._classifier.read(images)[1] == labels.numpy()).mean())
+
+    def _check_counts(self, dim: int) -> None:
+        """Refuse what the distance would refuse too, but after minutes or hours of work."""
+        if self.protocol.images <= dim:
+            raise ValueError(
+                f"a Fréchet distance of {dim} features needs at least {dim + 1} images in each "
+                f"repeat (got {self.protocol.images})"
+            )
+        real = len(self._real_images)
+        if self.protocol.reference in (HELD_OUT_IMAGES, TRAINING_IMAGES) and real <= dim:
+            raise ValueError(
+                f"a Fréchet distance of {dim} features needs at least {dim + 1} real images (got "
+                f"{real} as {self.protocol.reference} ones); compare with more: "
+                "--reference train, or a file of `statistics`"
+            )
+
+
+def _check_held_out(config: TrainConfig, held_out: Pictures) -> None:
+    if held_out.dataset.source.held_out is None:
+        raise ValueError(
+            f"the run trained on all of {config.data} (held_out=0): there are no held-out images "
+            "to measure a loss on"
+        )

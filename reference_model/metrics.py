@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -71,6 +73,8 @@ class FeatureStatistics:
 
     def _absorb(self, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
         total = self.count + count
+        if total == 0:
+            return
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / total)
         between = np.outer(delta, delta) * (self.count * count / total)
@@ -87,6 +91,25 @@ class FeatureStatistics:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors (got {self.count})")
         return self._scatter / (self.count - 1)
+
+    def to_arrays(self) -> dict[str, NDArray[np.float64]]:
+        """Return what the statistics consist of, to be stored: float64 arrays by name."""
+        return {"count": np.array(float(self.count)), "mean": self.mean, "scatter": self._scatter}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.float64]]) -> FeatureStatistics:
+        """Rebuild what `to_arrays` returned.
+
+        Raises:
+            KeyError: If an array is missing.
+            ValueError: If the shapes do not fit together.
+        """
+        mean, scatter = np.asarray(arrays["mean"]), np.asarray(arrays["scatter"])
+        statistics = cls(len(np.atleast_1d(mean)))
+        if mean.ndim != 1 or scatter.shape != (statistics.dim, statistics.dim):
+            raise ValueError(f"a mean of shape {mean.shape} with a scatter of {scatter.shape}")
+        statistics._absorb(int(arrays["count"]), mean, scatter)
+        return statistics
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from reference_model.configs import option
+
+CLASSIFIER = "classifier"
+NETWORK_KINDS = ("inception", "dinov2", "torchscript")
+"""Kinds of feature networks that come from files."""
+
+HELD_OUT_IMAGES, TRAINING_IMAGES = "held-out", "train"
+
+
+class FeatureSpec(NamedTuple):
+    """Which feature network: its kind, and the path that it comes from, if any."""
+
+    kind: str
+    path: str
+
+
+def parse_features(spec: str) -> FeatureSpec:
+    """Read the name of a feature network: `classifier`, or a kind and a path with `:` between.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    kind, _, path = spec.partition(":")
+    if spec == CLASSIFIER or (kind in NETWORK_KINDS and path):
+        return FeatureSpec(kind, path)
+    known = ", ".join((CLASSIFIER, *(f"{kind}:PATH" for kind in NETWORK_KINDS)))
+    raise ValueError(f"features must be one of {known} (got {spec!r})")
 
 
 @dataclass(frozen=True)
@@ -21,11 +48,26 @@ class Protocol:
     num_steps: int = option("Steps of the solver.", default=16)
     batch_size: int = option("Images at once; does not change them.", default=500)
     first_seed: int = option("Seed of the first image; the others follow.", default=0)
+    features: str = option(
+        "Network whose features are compared: classifier (trained on the data set, once), "
+        "inception:FILE, dinov2:FOLDER or torchscript:FILE.",
+        default=CLASSIFIER,
+    )
+    reference: str = option(
+        "Real images to compare with: held-out, train, or a file that `statistics` wrote.",
+        default=HELD_OUT_IMAGES,
+    )
+    held_out_loss: bool = option(
+        "Also measure the denoising loss on held-out images.", default=False
+    )
 
     def __post_init__(self) -> None:
+        parse_features(self.features)
         for spec in fields(self):
-            least = 0 if spec.name == "first_seed" else 1
             value = getattr(self, spec.name)
+            if isinstance(value, str | bool):
+                continue
+            least = 0 if spec.name == "first_seed" else 1
             if value < least:
                 raise ValueError(f"{spec.name} must be at least {least} (got {value})")
 

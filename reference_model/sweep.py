@@ -26,7 +26,7 @@ from reference_model.checkpoint import (
     load_network,
 )
 from reference_model.generate import tile, to_pil
-from reference_model.judge import Judge, Score
+from reference_model.judge import Judge
 from reference_model.protocol import Protocol
 from reference_model.sampler import generate_images
 from reference_model.sweep_record import (
@@ -110,35 +110,6 @@ def sweep(
     return record
 
 
-def evaluate(
-    run_dir: str | os.PathLike[str],
-    sigma_rel: float | None,
-    protocol: Protocol | None = None,
-    *,
-    progress: bool = True,
-) -> Score:
-    """Measure one EMA length, or the raw weights, without recording it.
-
-    Args:
-        run_dir: Directory of the run.
-        sigma_rel: EMA length to reconstruct; ``None`` for the raw weights.
-        protocol: What is generated and how.
-        progress: Whether to show progress.
-
-    Raises:
-        As :func:`sweep`.
-    """
-    run_dir, protocol = Path(run_dir), protocol or Protocol()
-    judge = Judge(load_config(run_dir), protocol, run_dir, progress=progress)
-    weights = None
-    if sigma_rel is not None:
-        made = reconstruct(run_dir / SNAPSHOTS, sigma_rel, framework="torch", progress=progress)
-        weights = made.state_dict()
-    net, total = load_network(run_dir, weights), protocol.repeats * protocol.images
-    with tqdm(total=total, desc="measure", unit="img", disable=not progress) as bar:
-        return judge.score(net, lambda images, read_as: bar.update(len(images)))
-
-
 def label(sigma_rel: float | None) -> str:
     """Name of a set of weights, for people and file names: ``raw`` or ``sigma_rel=0.1``."""
     return "raw" if sigma_rel is None else f"sigma_rel={sigma_rel:g}"
@@ -192,7 +163,7 @@ def _open_record(run_dir: Path, judge: Judge, protocol: Protocol) -> SweepRecord
     if record is None:
         record = SweepRecord(settings)
     shown = min(SHOWN_IMAGES, protocol.images)
-    record.shown = tuple(protocol.classes(judge.num_classes)[:shown])
+    record.shown = tuple(judge.classes[:shown].tolist())
     record.unit = last.run.unit
     record.snapshot_bytes = sum(s.nbytes for s in snapshots)
     record.machine = describe_machine()

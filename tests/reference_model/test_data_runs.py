@@ -12,16 +12,18 @@ from click.testing import CliRunner
 from PIL import Image
 
 from reference_model import build_model
+from reference_model.averages import Weights
 from reference_model.checkpoint import RunDirError, load_config
 from reference_model.cli import main
 from reference_model.configs import FASHION_MNIST
 from reference_model.data import load_dataset
 from reference_model.encoders import make_encoder
+from reference_model.evaluate import evaluate
 from reference_model.generate import generate
 from reference_model.presets import preset
 from reference_model.protocol import Protocol
 from reference_model.sampler_config import SamplerConfig
-from reference_model.sweep import evaluate, sweep
+from reference_model.sweep import sweep
 from reference_model.train import check_fit, train
 from tests.reference_model.data_sets import pixels, write_idx
 from tests.reference_model.small_vae import save_vae
@@ -93,9 +95,9 @@ def test_run_is_measured_against_the_sets_own_test_set(folded: Path) -> None:
     assert described["accuracy"] > 0.9
     with Image.open(folded / "samples" / "real.png") as sheet:
         assert sheet.size == (10 * 8, 4 * 8)  # 36 images in rows of ten
-    distance = evaluate(folded, None, protocol, progress=False).distance
+    (score,) = evaluate(folded, [Weights(folded, None)], protocol, progress=False)
     assert record.raw is not None
-    assert distance == record.raw.distance
+    assert score.distances == record.raw.distances
 
 
 def test_images_without_classes_cannot_be_judged_by_them(tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_images_without_classes_cannot_be_judged_by_them(tmp_path: Path) -> None
     )
     train(config, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="has no classes, and this measure is a classifier's"):
-        evaluate(tmp_path / "run", None, Protocol(images=40), progress=False)
+        evaluate(tmp_path / "run", [], Protocol(images=40), progress=False)
 
 
 def test_latents_are_trained_on_and_decoded_by_an_autoencoder_named_later(tmp_path: Path) -> None:

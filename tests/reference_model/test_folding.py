@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from reference_model import Denoiser, heun_sampler
 from reference_model.folding import folded_weights
-from reference_model.judge import generate_in_parallel
 from reference_model.mp_layers import MPConv
+from reference_model.parallel_generation import generate_in_parallel
 from reference_model.protocol import Protocol
 from tests.reference_model.test_network import small_net
 

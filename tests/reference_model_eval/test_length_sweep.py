@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from posthoc_ema import reconstruct
+from reference_model.averages import Weights
 from reference_model.checkpoint import RunDirError, load_checkpoint, load_config, load_network
 from reference_model.demo import QUICK
-from reference_model.judge import Judge, generate_in_parallel
+from reference_model.evaluate import evaluate
+from reference_model.judge import Judge
+from reference_model.parallel_generation import generate_in_parallel
 from reference_model.protocol import Protocol
 from reference_model.sampler import generate_images
-from reference_model.sweep import direct_averages, evaluate, relative_error, sweep
+from reference_model.sweep import direct_averages, relative_error, sweep
 from reference_model.sweep_record import (
     Measurement,
     SweepRecord,
@@ -59,7 +62,10 @@ def test_a_recorded_distance_is_that_of_images_made_by_hand(finished_demo: Path)
     assert found is not None
     # Another batch size sums in another order: a pixel may round to the next of 255 levels.
     assert judge.judge(images, classes)[0] == pytest.approx(found.distances[1], rel=1e-2)
-    assert evaluate(finished_demo, sigma_rel, protocol, progress=False).distances == found.distances
+    (score,) = evaluate(
+        finished_demo, [Weights(finished_demo, sigma_rel)], protocol, progress=False
+    )
+    assert score.distances == found.distances
 
 
 def test_measured_lengths_are_kept_and_only_new_ones_are_measured(
