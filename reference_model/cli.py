@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from reference_model import cli_data, cli_evaluation, cli_generate, cli_toy, cli_train
+from reference_model import cli_data, cli_evaluation, cli_generate, cli_sweep, cli_toy, cli_train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,7 +28,7 @@ for _command in (
     cli_train.train,
     cli_generate.generate,
     cli_evaluation.evaluate,
-    cli_evaluation.sweep,
+    cli_sweep.sweep,
     cli_evaluation.report,
     cli_evaluation.demo,
     cli_train.flops,

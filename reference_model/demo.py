@@ -20,8 +20,10 @@ from reference_model.checkpoint import (
 from reference_model.presets import preset
 from reference_model.protocol import Protocol
 from reference_model.report import REPORT_FILE, write_report
-from reference_model.sweep import SAMPLES, sweep
+from reference_model.sheets import SAMPLES
+from reference_model.sweep import sweep
 from reference_model.sweep_record import SWEEP_FILE, SweepRecord
+from reference_model.sweep_search import SEARCHES
 from reference_model.train import train
 
 
@@ -142,5 +144,5 @@ def remove_run(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     for path in run_dir.glob("classifier-*.safetensors"):
         path.unlink()
-    for name in (SNAPSHOTS, SAMPLES):
+    for name in (SNAPSHOTS, SAMPLES, SEARCHES):
         shutil.rmtree(run_dir / name, ignore_errors=True)

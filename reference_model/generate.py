@@ -16,9 +16,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_model.averages import Weights, load_networks
+from reference_model.averages import Weights, check_guide, load_networks
 from reference_model.checkpoint import load_config, write_atomically
-from reference_model.configs import TrainConfig
 from reference_model.encoders import make_encoder
 from reference_model.guidance import Guide
 from reference_model.sampler import image_batches
@@ -100,7 +99,7 @@ def generate(
         raise ValueError("seeds must be at least one, each named once")
     config = load_config(run_dir)
     for guide in guides:
-        _check_guide(guide.net, config)
+        check_guide(guide.net, config)
     encoder = make_encoder(config.encoder, config.vae)
     # Decoding nothing tells the size, and before hours of sampling whether images can be decoded.
     nothing = encoder.decode(torch.empty(0, *config.network.input_shape))
@@ -182,20 +181,6 @@ def _is_complete(path: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
         f"{path} was made with other options ({differences}); "
         "choose another directory, or overwrite"
     )
-
-
-def _check_guide(weights: Weights, config: TrainConfig) -> None:
-    """Refuse a guide that takes other images or classes than the network it is to guide."""
-    guide = load_config(weights.run_dir)
-    for name in ("encoder", "img_channels", "img_resolution", "label_dim"):
-        takes, needed = (
-            getattr(c if hasattr(c, name) else c.network, name) for c in (guide, config)
-        )
-        if takes != needed and not (name == "label_dim" and takes == 0):
-            raise ValueError(
-                f"the network of {weights.run_dir} has {name}={takes} and cannot guide one with "
-                f"{name}={needed}; a guide needs the same images, and the same classes or none"
-            )
 
 
 def _write_png(path: Path, picture: Image.Image, text: Mapping[str, str]) -> None:

@@ -16,8 +16,7 @@ from reference_model.charts import plus_minus
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config, write_atomically
 from reference_model.configs import TrainConfig
 from reference_model.report_explorer import explorer
-from reference_model.report_images import Pixels, read_sheet
-from reference_model.sweep import REAL, SAMPLES, SHEET_COLUMNS, label
+from reference_model.sheets import REAL, SAMPLES, SHEET_COLUMNS, Pixels, read_sheet
 from reference_model.sweep_record import SweepRecord, load_record
 
 REPORT_FILE = "report.html"
@@ -32,7 +31,7 @@ class Run:
         config: What it was started with.
         stats: Lines of its statistics.
         record: Its sweep, if there was one.
-        sheets: Images by set of weights: ``raw``, ``sigma_rel=…``, ``direct_sigma_rel=…``.
+        sheets: Images by set of weights: `Point.label`, that with ``direct_`` before it, ``real``.
     """
 
     run_dir: Path
@@ -58,7 +57,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         raise RunDirError(f"{stats_path} has a line that is not JSON: {error}") from error
     sheets: dict[str, Pixels] = {}
     if record is not None:
-        names = [REAL, *(label(m.sigma_rel) for m in record.measurements)]
+        shown = [record.raw, *record.averages, record.best_of_all]
+        names = [REAL, *dict.fromkeys(m.point.label for m in shown if m is not None)]
         for name in [*names, *(f"direct_{n}" for n in names)]:
             path = run_dir / SAMPLES / f"{name}.png"
             images = read_sheet(path, len(record.shown), SHEET_COLUMNS)

@@ -152,9 +152,8 @@ def profile_chart(record: SweepRecord) -> str:
                 anchor="middle",
             )
             chart.end_group()
-        end = max(t for t, _ in record.inputs) if record.inputs else 1.0
-        for t in sorted({t for t, _ in record.inputs}):
-            chart.tick_mark(t / end, "snapshot")
+        for t in sorted({t for t, _ in record.inputs_at(record.end)}):
+            chart.tick_mark(t / record.end, "snapshot")
         return chart.svg("Averaging profiles over training, one for each EMA length")
 
     return responsive(draw, wide=(960, 300), narrow=(380, 260))
@@ -162,9 +161,8 @@ def profile_chart(record: SweepRecord) -> str:
 
 def coefficient_chart(record: SweepRecord) -> str:
     """The multipliers of the snapshots, one set for each EMA length."""
-    times = [t for t, _ in record.inputs]
-    tracks = sorted({sigma_rel for _, sigma_rel in record.inputs})
-    end = max(times)
+    inputs = record.inputs_at(record.end)
+    tracks, end = sorted({sigma_rel for _, sigma_rel in inputs}), record.end
 
     def draw(width: int, height: int) -> str:
         parts = []
@@ -183,7 +181,7 @@ def coefficient_chart(record: SweepRecord) -> str:
                 format_x=lambda v: f"{100 * v:.0f} %",
             )
             chart.level(0.0, "axis")
-            for (t, sigma_rel), c in zip(record.inputs, m.coefficients, strict=True):
+            for (t, sigma_rel), c in zip(inputs, m.coefficients, strict=True):
                 k = tracks.index(sigma_rel)
                 # Tracks of the same time stand side by side.
                 shift = (k - (len(tracks) - 1) / 2) * 4.0

@@ -5,13 +5,12 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from reference_model.charts import number, plus_minus
 from reference_model.metrics import mean_and_error
 from reference_model.report_charts import loss_chart, percent, quality_chart
 from reference_model.report_explorer import SIGMA
 from reference_model.sweep_record import (
+    AGREEMENT,
     Measurement,
     SweepRecord,
     clearly_worse,
@@ -55,7 +54,8 @@ def header(run: Run) -> str:
         for title, value, note in figures
     )
     steps = run.config.total_nimg // run.config.batch_size
-    times, made = len({t for t, _ in record.inputs}), len(record.averages)
+    times = len({t for t, _ in record.inputs_at(record.end)})
+    made = len(record.averages)
     seconds, count = record.reconstruct_seconds
     together = f", in one pass of {number(seconds, 2)} s" if count == made else ""
     return f"""<header>{eyebrow}
@@ -249,7 +249,7 @@ def _error_figure(record: SweepRecord) -> tuple[str, str, str]:
         return title, f"≤ {percent(max(true))}", f"of the weights; {note}"
     if predicted:
         return title, f"≤ {percent(max(predicted))}", "of the weights, as predicted"
-    return "Snapshots used", str(len(record.inputs)), "to make each average"
+    return "Snapshots used", str(len(record.inputs_at(record.end))), "to make each average"
 
 
 def _table(record: SweepRecord) -> str:
@@ -260,7 +260,7 @@ def _table(record: SweepRecord) -> str:
             "raw" if m.sigma_rel is None else f"{SIGMA} {m.sigma_rel:g}",
             number(m.distance),
             number(m.error, 2),
-            f"{100 * float(np.mean(m.agreement)):.1f} %",
+            f"{100 * m.mean(AGREEMENT)[0]:.1f} %" if AGREEMENT in m.scores else "–",
             percent(m.predicted_error) if m.predicted_error is not None else "–",
             percent(m.direct.error) if m.direct else "–",
         )
