@@ -16,10 +16,13 @@ from reference_model.charts import plus_minus
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config, write_atomically
 from reference_model.configs import TrainConfig
 from reference_model.report_explorer import explorer
+from reference_model.report_grids import grids
 from reference_model.sheets import REAL, SAMPLES, SHEET_COLUMNS, Pixels, read_sheet
 from reference_model.sweep_record import SweepRecord, load_record
 
 REPORT_FILE = "report.html"
+MAX_PIXEL_BYTES = 6 << 20
+"""Of all images on the page; as PNG in base64 they take about as much."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,18 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
             images = read_sheet(path, len(record.shown), SHEET_COLUMNS)
             if images is not None:
                 sheets[name] = images
-    return Run(run_dir, config, stats, record, sheets)
+    return Run(run_dir, config, stats, record, _within_budget(sheets))
+
+
+def _within_budget(sheets: dict[str, Pixels]) -> dict[str, Pixels]:
+    """As many whole rows of each sheet as a page may hold, one at least."""
+    rows = -(-max((len(images) for images in sheets.values()), default=0) // SHEET_COLUMNS)
+    size = sum(images.nbytes for images in sheets.values())
+    while rows > 1 and size > MAX_PIXEL_BYTES:
+        rows -= 1
+        sheets = {name: images[: rows * SHEET_COLUMNS] for name, images in sheets.items()}
+        size = sum(images.nbytes for images in sheets.values())
+    return sheets
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -93,6 +107,7 @@ def render(run: Run) -> str:
     if run.record is not None and run.record.best is not None:
         record = run.record
         sections.append(report_sections.quality(run, record))
+        sections += grids(run, record)
         sections.append(explorer(run, record))
         states = [
             {
