@@ -322,6 +322,7 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
     best = min(
         (m for m in shown if m.sigma_rel is not None), key=lambda m: m.mean(by)[0], default=None
     )
+    base = next((m for m in shown if m.point.plain and m.sigma_rel is not None), None)
     columns: dict[str, Callable[[Measurement], str]] = {
         "sigma_rel": lambda m: "raw" if m.sigma_rel is None else f"{m.sigma_rel:.4g}",
         "images seen": lambda m: f"{m.point.t:,.0f}",
@@ -330,6 +331,7 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
         "changed": lambda m: ", ".join(f"{name} at {s:g}" for name, s in m.point.changed),
         by: lambda m: f"{m.mean(by)[0]:.4f}",
         "std error": lambda m: f"{m.mean(by)[1]:.4f}",
+        "change": lambda m: _change(m, base, by),
         "as intended": lambda m: f"{100 * m.mean(AGREEMENT)[0]:.1f} %",
     }
     optional = {
@@ -337,6 +339,7 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
         "w": any(m.point.guide for m in shown),
         "guide": any(m.point.guide for m in shown),
         "changed": any(m.point.changed for m in shown),
+        "change": any(m.point.changed for m in shown),
         "as intended": by == DISTANCE and any(AGREEMENT in m.scores for m in shown),
     }
     kept = {name: text for name, text in columns.items() if optional.get(name, True)}
@@ -345,6 +348,16 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
     marks = ["", *("  best" if m is best else "" for m in shown)]
     for row, mark in zip(rows, marks, strict=True):
         yield "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + mark
+
+
+def _change(m: Measurement, base: Measurement | None, by: str) -> str:
+    """Paired difference from the base, where there is one."""
+    from reference_model.sweep_record import paired_difference
+
+    if base is None or not m.point.changed:
+        return ""
+    change, error = paired_difference(m, base, by)
+    return f"{change:+.4f} ± {error:.4f}"
 
 
 def _number(value: float) -> float | None:

@@ -61,10 +61,13 @@ class Point:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Sorts plain points first, by time, then length; raw weights before averages."""
+        """Sorts plain points first, by time, then length; raw weights before averages.
+
+        Points with changed tensors have one place: a stable sort keeps the network's order.
+        """
         g = self.guide
         guide = () if g is None else (g.run_id, g.t, g.interval or (), g.sigma_rel, g.guidance)
-        return bool(self.changed), bool(guide), guide, self.t, self.sigma_rel or 0.0, self.changed
+        return bool(self.changed), bool(guide), guide, self.t, self.sigma_rel or 0.0
 
     @property
     def label(self) -> str:
