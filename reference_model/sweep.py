@@ -236,7 +236,7 @@ class Sweep:
     def bar(self, points: int) -> Any:
         """A progress bar for measuring so many points."""
         total = points * self.protocol.repeats * self.protocol.images
-        return tqdm(total=total, desc="measure", unit="img", disable=not self.progress)
+        return tqdm(total=total, desc="measure", unit="img", disable=not (self.progress and points))
 
     def _check(self, point: Point) -> None:
         if point.sigma_rel is None and point.t != self.raw.t:
