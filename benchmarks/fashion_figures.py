@@ -18,6 +18,7 @@ from matplotlib.ticker import NullFormatter
 
 from reference_model.held_out_loss import LOSS
 from reference_model.metrics import mean_and_error
+from reference_model.report_charts import FAR
 from reference_model.sheets import SAMPLES, SHEET_COLUMNS, read_sheet
 from reference_model.sweep_record import (
     Measurement,
@@ -30,6 +31,7 @@ from reference_model.sweep_record import (
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 BLUE, ORANGE, GREEN, GREY = "#0065a3", "#c04a00", "#00785a", "#6b7077"
 TICKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.28)
+VALUES = [m * 10.0**k for k in range(-3, 4) for m in (1, 1.5, 2, 3, 4, 5, 7)]
 ROWS = 2
 """Rows of samples for each set of weights."""
 
@@ -42,6 +44,17 @@ def length_axis(axes: Any) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("EMA length σ_rel, as a fraction of training")
     axes.grid(alpha=0.25)
+
+
+def distance_axis(axes: Any) -> None:
+    """Logarithmic, with few labels, and air for notes."""
+    axes.set_yscale("log")
+    axes.margins(y=0.14)
+    low, high = axes.get_ylim()
+    ticks = [v for v in VALUES if low <= v <= high]
+    axes.set_yticks(ticks, [f"{v:g}" for v in ticks])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("Fréchet distance to held-out images")
 
 
 def curve(record: SweepRecord) -> Any:
@@ -67,6 +80,9 @@ def curve(record: SweepRecord) -> Any:
     for name, values, color, style in levels:
         if values:
             mean, error = mean_and_error(values)
+            if mean < best.distance / FAR:  # it would press the curve flat
+                axes.plot([], [], " ", label=f"{name}: {mean:.2f}, below")
+                continue
             axes.axhline(mean, color=color, ls=style, lw=1.6, label=f"{name}: {mean:.2f}")
             axes.axhspan(mean - error, mean + error, color=color, alpha=0.12, lw=0)
     axes.plot([best.sigma_rel or 0.0], [best.distance], "o", color=BLUE, ms=10)
@@ -79,13 +95,9 @@ def curve(record: SweepRecord) -> Any:
             cost = 100 * (end.distance / best.distance - 1)
             place = (18 if end is averages[0] else -14, 10)
             axes.annotate(f"+{cost:.0f} %", (end.sigma_rel or 0.0, end.distance), place, **below)
-    axes.set_yscale("log")
-    ticks = axes.yaxis
-    ticks.set_major_formatter("{x:g}")
-    ticks.set_minor_formatter("{x:.3g}")
+    distance_axis(axes)
     length_axis(axes)
     repeats, images = (record.settings["protocol"][k] for k in ("repeats", "images"))
-    axes.set_ylabel("Fréchet distance to held-out images")
     axes.set_title(f"One training run, {len(averages)} EMA lengths made afterwards\n"
                    f"mean of {repeats} × {images:,} images ± standard error",
                    fontsize=11)  # fmt: skip
@@ -105,11 +117,8 @@ def times(record: SweepRecord) -> Any:
         axes.errorbar(xs, ys, [m.error for m in measured], fmt="o-", color=color, ms=4, capsize=2,
                       label=label)  # fmt: skip
         axes.plot([best.sigma_rel or 0.0], [best.distance], "D", color=color, ms=9)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
+    distance_axis(axes)
     length_axis(axes)
-    axes.set_ylabel("Fréchet distance to held-out images")
     axes.set_title("The same run at earlier times (diamonds: best length)", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -132,11 +141,8 @@ def guidance(record: SweepRecord) -> Any:
         label = "no guidance" if w == 1 else f"w = {w:g}"
         axes.errorbar(xs, ys, [m.error for m in measured], fmt="o-", color=color, ms=5, capsize=3,
                       label=label)  # fmt: skip
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
+    distance_axis(axes)
     length_axis(axes)
-    axes.set_ylabel("Fréchet distance to held-out images")
     axes.set_title(f"Guidance by the average of length {guide.sigma_rel:g} of the same run",
                    fontsize=11)  # fmt: skip
     axes.legend(frameon=False, fontsize=9)
@@ -178,7 +184,7 @@ def samples(record: SweepRecord, run_dir: Path) -> Any:
     assert best is not None  # as above
     shown = [("raw weights", record.raw), ("short", averages[0]), ("best", best),
              ("long", averages[-1])]  # fmt: skip
-    figure, all_axes = plt.subplots(2, 2, figsize=(9, 4.6), layout="constrained")
+    figure, all_axes = plt.subplots(2, 2, figsize=(9, 2.5), layout="constrained")
     for axes, (name, m) in zip(all_axes.flat, shown, strict=True):
         axes.axis("off")
         if m is None:

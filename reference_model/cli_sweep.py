@@ -179,6 +179,9 @@ def sweep(
     """  # noqa: D301 (click takes \\b for the character)
     asked = {name: options.pop(name) for name in _GRID_OPTIONS}
     _refuse_mixtures(find_best, sigma_rels, asked)
+    if measure == "loss" and (find_best or asked["strengths"]):
+        raise click.UsageError("--measure loss takes no samples: it goes with neither --find-best "
+                               "nor --guidance")  # fmt: skip
     set_threads(threads)
     with errors_as_messages():
         from reference_model.held_out_loss import LOSS

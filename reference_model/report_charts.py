@@ -24,6 +24,9 @@ from reference_model.sweep_record import Measurement, SweepRecord, clearly_worse
 EXACT = 1e-7
 """Errors below this are none: the length is one that snapshots hold."""
 
+FAR = 4
+"""A level lower than the best by more than this factor is told in words, not drawn."""
+
 
 def state_link(measurement: Measurement) -> str:
     """Address of the page with this EMA length selected."""
@@ -48,7 +51,8 @@ def quality_chart(record: SweepRecord) -> str:
     averages, raw, best = record.averages, record.raw, record.best
     assert best is not None  # the report draws this only where there are averages
     equal = [m for m in averages if not clearly_worse(m, best)]
-    levels = [*record.real, *(raw.distances if raw else ())]
+    real = record.real if record.real and min(record.real) > best.distance / FAR else ()
+    levels = [*real, *(raw.distances if raw else ())]
     y_scale = nice_range([*levels, *(d for m in averages for d in m.distances)], log=True)
 
     def draw(width: int, height: int) -> str:
@@ -65,7 +69,7 @@ def quality_chart(record: SweepRecord) -> str:
         )
         for name, values, style in (
             ("raw weights", raw.distances if raw else (), "raw"),
-            ("real images", record.real, "real"),
+            ("real images", real, "real"),
         ):
             if values:
                 mean, error = mean_and_error(values)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from reference_model.charts import number, plus_minus
 from reference_model.metrics import mean_and_error
-from reference_model.report_charts import loss_chart, percent, quality_chart
+from reference_model.report_charts import FAR, loss_chart, percent, quality_chart
 from reference_model.report_explorer import SIGMA
 from reference_model.report_grids import command_for
 from reference_model.sweep_record import (
@@ -100,10 +100,11 @@ def quality(run: Run, record: SweepRecord) -> str:
         )
     real = ""
     if record.real:
+        drawn = "dotted" if min(record.real) > best.distance / FAR else "below the figure"
         real = (
             "Zero is out of reach: as many real training images, compared with the same held-out "
-            f"ones, score {number(mean_and_error(record.real)[0])} (dotted), because both sets are "
-            "finite. "
+            f"ones, score {number(mean_and_error(record.real)[0])} ({drawn}), because both sets "
+            "are finite. "
         )
     protocol, judge = record.settings["protocol"], record.settings["judge"]
     return f"""<section id="quality"><h2>Quality against EMA length</h2>

@@ -165,6 +165,8 @@ class Sweep:
         missing = [p for p in dict.fromkeys(points) if not self.record.has(p, by)]
         for point in missing:
             self._check(point)
+            if by == LOSS and point.guide is not None:
+                raise ValueError("guidance changes samples, not the loss; measure the distance")
         upcoming = [w for p in missing for w in self.needs(p)]
         averages = Averages(upcoming, self.max_bytes, progress=self.progress)
         with self.bar(len(missing)) as bar:

@@ -266,6 +266,9 @@ def test_impossible_points_are_refused_before_anything_is_measured(
             run.measure([Point(0.15, 800), point])
     with pytest.raises(RunDirError, match=r"config\.json does not exist"):
         run.measure([Point(0.1, 800, PointGuide(2.0, 0.2, 800, "x", run_dir="/nowhere"))])
+    guided = Point(0.1, 800, PointGuide(2.0, 0.2, 800, "x"))
+    with pytest.raises(ValueError, match="guidance changes samples, not the loss"):
+        run.measure([guided], by=LOSS)
     assert count_scores == []
 
 
@@ -366,6 +369,8 @@ def test_the_command_measures_times_guides_and_tensors(run_dir: Path):
         ("--find-best --guidance 2 --guide-t 0.5", "needs --guidance-sigma-rel"),
         ("--sensitivity --times 2", "--sensitivity goes with neither"),
         ("--sensitivity --sigma-rel 0.1,0.2", "--sensitivity takes one --sigma-rel"),
+        ("--find-best --measure loss", "--measure loss takes no samples"),
+        ("--guidance 2 --guide-t 0.5 --measure loss", "--measure loss takes no samples"),
         ("--layers unet.*", "belong to --sensitivity"),
         ("--at now", "'now' is no time; give images, as in 64ki"),
         ("--at 0", "'0' is no time"),
