@@ -22,7 +22,7 @@ from reference_model.protocol import Protocol
 from reference_model.report import REPORT_FILE, write_report
 from reference_model.sheets import SAMPLES
 from reference_model.sweep import sweep
-from reference_model.sweep_record import SWEEP_FILE, SweepRecord
+from reference_model.sweep_record import LOCK_FILE, SWEEP_FILE, SweepRecord
 from reference_model.sweep_search import SEARCHES
 from reference_model.train import train
 
@@ -140,7 +140,7 @@ def closing_words(
 
 def remove_run(run_dir: Path) -> None:
     """Remove the files of a run, and nothing else that may be in its directory."""
-    for name in (CONFIG_FILE, CHECKPOINT_FILE, STATS_FILE, SWEEP_FILE, REPORT_FILE):
+    for name in (CONFIG_FILE, CHECKPOINT_FILE, STATS_FILE, SWEEP_FILE, LOCK_FILE, REPORT_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for path in run_dir.glob("classifier-*.safetensors"):
         path.unlink()

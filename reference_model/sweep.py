@@ -41,6 +41,7 @@ from reference_model.sweep_record import (
     SweepRecord,
     differing_settings,
     load_record,
+    save_together,
     set_aside,
 )
 
@@ -104,7 +105,8 @@ class Sweep:
 
     Results go to ``run_dir/sweep.json`` after each point and sheets of samples to
     ``run_dir/samples``. What is recorded there under the same protocol is not measured again,
-    whichever call measured it; a kill loses the point that was being measured.
+    whichever call measured it; a kill loses the point that was being measured. Several processes
+    may measure one run at the same time.
 
     Args:
         run_dir: Directory of a finished or running run.
@@ -172,6 +174,8 @@ class Sweep:
         with self.bar(len(missing)) as bar:
             for point in missing:
                 made = averages.get(*self.needs(point))
+                if self.record.has(point, by):  # by another process, meanwhile
+                    continue
                 if made and point.plain:
                     self.record.reconstruct_seconds = averages.last_pass
                 self.measure_made(point, made, bar, by=by)
@@ -220,7 +224,7 @@ class Sweep:
             direct=direct,
         )
         recorded = self.record.add(measurement)
-        self.record.save(self.run_dir)
+        save_together(self.record, self.run_dir)
         if self.progress:  # stdout is for results
             bar.write(f"  {_line(recorded, by, self.end)}", file=sys.stderr)
         return recorded

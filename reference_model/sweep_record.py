@@ -17,7 +17,13 @@ from reference_model.checkpoint import RunDirError, write_atomically
 from reference_model.metrics import mean_and_error
 from reference_model.points import Point
 
+try:
+    import fcntl
+except ImportError:  # elsewhere than on POSIX, one process at a time
+    fcntl = None  # type: ignore[assignment]
+
 SWEEP_FILE = "sweep.json"
+LOCK_FILE = "sweep.lock"
 VERSION = 2
 OLD_VERSIONS = (1,)
 DISTANCE = "distance"
@@ -255,6 +261,26 @@ def load_record(run_dir: str | os.PathLike[str]) -> SweepRecord | None:
         return SweepRecord(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunDirError(f"{path} cannot be read ({error}); remove it to measure again") from error
+
+
+def save_together(record: SweepRecord, run_dir: str | os.PathLike[str]) -> None:
+    """Save a record, with what other processes have measured of the same run meanwhile.
+
+    Args:
+        record: To save; it takes in what the file holds beyond it, under the same settings.
+        run_dir: Directory of the run.
+    """
+    with (Path(run_dir) / LOCK_FILE).open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+        theirs = load_record(run_dir)
+        if theirs is not None and theirs.settings == record.settings:
+            for m in theirs.measurements:
+                own = record.find(m.point)
+                # What is known of a point from both is the same, up to the time it took.
+                if own is None or not set(m.scores) <= set(own.scores):
+                    record.add(m)
+        record.save(run_dir)
 
 
 def set_aside(path: Path, reason: str) -> None:

@@ -301,6 +301,20 @@ def _measured(run_dir: Path) -> list[object]:
     return json.loads((run_dir / "sweep.json").read_text())["measurements"]
 
 
+def test_two_sweeps_of_one_run_at_a_time_keep_what_both_measured(
+    run_dir: Path, count_scores: list[dict[str, object]]
+):
+    first = Sweep(run_dir, QUICK.protocol, progress=False)
+    second = Sweep(run_dir, QUICK.protocol, progress=False)
+    first.measure([Point(0.15, 800), Point(0.05, 800)])
+    second.measure([Point(0.25, 800), Point(0.15, 800)])
+    assert len(count_scores) == 3, "the second learned of 0.15 when it recorded 0.25"
+    record = load_record(run_dir)
+    assert record == second.record
+    assert record is not None
+    assert [m.sigma_rel for m in record.averages] == [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25]
+
+
 def test_averages_need_few_passes_and_little_memory(
     finished_demo: Path, monkeypatch: pytest.MonkeyPatch
 ):
