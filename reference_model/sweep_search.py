@@ -7,8 +7,9 @@ import json
 from math import isfinite
 from typing import Any
 
-import posthoc_ema
 from posthoc_ema import Profile, Reconstruction, SweepResult
+from posthoc_ema import find_best as search
+from posthoc_ema import sweep as evaluate_all
 from reference_model.averages import Averages
 from reference_model.checkpoint import SNAPSHOTS
 from reference_model.points import Point, PointGuide
@@ -81,8 +82,8 @@ def find_best(
     snapshots = run.run_dir / SNAPSHOTS
     with bar:
         if known:
-            posthoc_ema.sweep(snapshots, known, distance, **options)
-        result = posthoc_ema.find_best(snapshots, distance, bounds, budget, **options)
+            evaluate_all(snapshots, known, distance, **options)
+        result = search(snapshots, distance, bounds, budget, **options)
     # The file may know what a record that was removed since does not.
     run.measure(point(sigma_rel) for sigma_rel in result if isfinite(result[sigma_rel]))
     return result
