@@ -7,8 +7,9 @@ groups of tensors of another length; all from the snapshots of one training run.
     python -m reference_model train --preset fashion --data FOLDER --run-dir runs/fashion
     python -m benchmarks.fashion_mnist --run-dir runs/fashion [--part curve ...] [--quick]
 
-About three quarters of an hour on two cores after training, in proportion to --num-steps. Interrupt at will: the same command goes on. What it
-measures is in the run's own sweep.json, so that `python -m reference_model report` shows it too.
+About three quarters of an hour on two cores after training, in proportion to --num-steps.
+Interrupt at will: the same command goes on. What it measures is in the run's own sweep.json, so
+that `python -m reference_model report` shows it too.
 The figures are drawn by `python -m benchmarks.fashion_figures --run-dir runs/fashion`.
 """
 
