@@ -53,7 +53,8 @@ class Scale:
             values = [m * 10.0**d for d in decades for m in mantissas]
             inside = [v for v in values if self.low * 0.999 <= v <= self.high * 1.001]
             if len(inside) <= most:
-                return inside
+                # Less than a decade may hold hardly any of these.
+                return inside if len(inside) > 2 else self._linear_ticks(most)
         step = math.ceil(len(inside) / most)
         return inside[::step]
 

@@ -9,6 +9,7 @@ from reference_model import (
     cli_evaluate,
     cli_evaluation,
     cli_generate,
+    cli_sweep,
     cli_toy,
     cli_train,
 )
@@ -36,7 +37,7 @@ for _command in (
     cli_generate.generate,
     cli_evaluate.evaluate,
     cli_evaluate.statistics,
-    cli_evaluation.sweep,
+    cli_sweep.sweep,
     cli_evaluation.report,
     cli_evaluation.demo,
     cli_train.flops,

@@ -1,75 +1,12 @@
-"""Commands that measure many EMA lengths, and report: sweep, report, demo."""
+"""Commands that show what a run gave: report, demo."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
-from reference_model.cli_protocol import chosen_protocol, protocol_options
-from reference_model.cli_support import (
-    SigmaRels,
-    errors_as_messages,
-    json_option,
-    quiet_option,
-    run_dir_option,
-)
-
-
-@click.command()
-@run_dir_option
-@click.option(
-    "--sigma-rel",
-    "sigma_rels",
-    type=SigmaRels(),
-    default="0.01,0.02,0.03,0.05,0.07,0.1,0.13,0.16,0.2,0.25",
-    show_default=True,
-    help="EMA lengths; three dots continue a progression, as in 0.01,0.02,...,0.25.",
-)
-@protocol_options
-@json_option
-@quiet_option
-def sweep(
-    run_dir: Path, sigma_rels: tuple[float, ...], as_json: bool, quiet: bool, **options: Any
-) -> None:
-    """Measure many EMA lengths and the raw weights, and write the report.
-
-    All lengths are reconstructed in one pass over the snapshots, and all start from the same
-    noise, so that differences between them are real. What was measured before is kept: interrupt
-    at will, and add lengths later. Other options than before start the measurements anew.
-    """
-    with errors_as_messages():
-        from reference_model.report import write_report
-        from reference_model.sweep import sweep as run_sweep
-
-        record = run_sweep(
-            run_dir, sigma_rels, chosen_protocol(run_dir, options), progress=not quiet
-        )
-        path = write_report(run_dir)
-    if as_json:
-        rows = [
-            {
-                "sigma_rel": m.sigma_rel,
-                "distance": m.distance,
-                "standard_error": _number(m.error),
-                "distances": m.distances,
-                "agreement": m.agreement,
-                "predicted_error": m.predicted_error,
-            }
-            for m in record.measurements
-        ]
-        best = None if record.best is None else record.best.sigma_rel
-        click.echo(json.dumps({"best": best, "measurements": rows, "report": str(path)}))
-        return
-    click.echo(f"{'sigma_rel':>9}  {'distance':>8}  {'std error':>9}  {'as intended':>11}")
-    for m in record.measurements:
-        name = "raw" if m.sigma_rel is None else f"{m.sigma_rel:g}"
-        agreement = 100 * sum(m.agreement) / len(m.agreement)
-        mark = "  best" if m is record.best else ""
-        click.echo(f"{name:>9}  {m.distance:8.4f}  {m.error:9.4f}  {agreement:9.1f} %{mark}")
-    click.echo(f"Wrote {path}")
+from reference_model.cli_support import errors_as_messages, run_dir_option
 
 
 @click.command()
@@ -101,8 +38,3 @@ def demo(run_dir: Path, fresh: bool, quick: bool, quiet: bool) -> None:
         from reference_model.demo import demo as run_demo
 
         run_demo(run_dir, quick=quick, fresh=fresh, progress=not quiet)
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if value == value else None

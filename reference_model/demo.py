@@ -20,8 +20,10 @@ from reference_model.checkpoint import (
 from reference_model.presets import preset
 from reference_model.protocol import Protocol
 from reference_model.report import REPORT_FILE, write_report
-from reference_model.sweep import SAMPLES, sweep
-from reference_model.sweep_record import SWEEP_FILE, SweepRecord
+from reference_model.sheets import SAMPLES
+from reference_model.sweep import sweep
+from reference_model.sweep_record import LOCK_FILE, SWEEP_FILE, SweepRecord
+from reference_model.sweep_search import SEARCHES
 from reference_model.train import train
 
 
@@ -138,10 +140,10 @@ def closing_words(
 
 def remove_run(run_dir: Path) -> None:
     """Remove the files of a run, and nothing else that may be in its directory."""
-    for name in (CONFIG_FILE, CHECKPOINT_FILE, STATS_FILE, SWEEP_FILE, REPORT_FILE):
+    for name in (CONFIG_FILE, CHECKPOINT_FILE, STATS_FILE, SWEEP_FILE, LOCK_FILE, REPORT_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for pattern in ("classifier-*.safetensors", "reference-*.npz"):
         for path in run_dir.glob(pattern):
             path.unlink()
-    for name in (SNAPSHOTS, SAMPLES):
+    for name in (SNAPSHOTS, SAMPLES, SEARCHES):
         shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from reference_model.averages import Weights, load_networks
+from reference_model.averages import Weights, check_guide, load_networks
 from reference_model.checkpoint import load_config
 from reference_model.data import Dataset, open_source
 from reference_model.feature_files import load_features
 from reference_model.feature_set import FeatureSet
-from reference_model.generate import check_guide
 from reference_model.generated_folder import is_generated, open_generated
 from reference_model.guidance import Guide
 from reference_model.judge import Judge, Score

@@ -16,9 +16,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from reference_model.averages import Weights, load_networks
+from reference_model.averages import Weights, check_guide, load_networks
 from reference_model.checkpoint import load_config, write_atomically
-from reference_model.configs import TrainConfig
 from reference_model.encoders import make_encoder
 from reference_model.guidance import Guide
 from reference_model.sampler import image_batches
@@ -182,28 +181,6 @@ def _is_complete(path: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
         f"{path} was made with other options ({differences}); "
         "choose another directory, or overwrite"
     )
-
-
-def check_guide(weights: Weights, config: TrainConfig) -> None:
-    """Refuse a guide that takes other images or classes than the network it is to guide.
-
-    Args:
-        weights: Of the guide.
-        config: Of the run whose network it is to guide.
-
-    Raises:
-        ValueError: If it does not fit.
-    """
-    guide = load_config(weights.run_dir)
-    for name in ("encoder", "img_channels", "img_resolution", "label_dim"):
-        takes, needed = (
-            getattr(c if hasattr(c, name) else c.network, name) for c in (guide, config)
-        )
-        if takes != needed and not (name == "label_dim" and takes == 0):
-            raise ValueError(
-                f"the network of {weights.run_dir} has {name}={takes} and cannot guide one with "
-                f"{name}={needed}; a guide needs the same images, and the same classes or none"
-            )
 
 
 def _write_png(path: Path, picture: Image.Image, text: Mapping[str, str]) -> None:

@@ -16,6 +16,9 @@ from reference_model.folding import folded_weights
 from reference_model.metrics import mean_and_error
 from reference_model.sampler import SeededNoise, evaluating
 
+LOSS = "held-out loss"
+"""Name of this measure in scores and records."""
+
 LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Noise levels σ: about evenly spaced in log σ over those that matter to an image of σ_data 0.5."""
 

@@ -19,15 +19,13 @@ from reference_model.encoders import make_encoder
 from reference_model.feature_files import load_features
 from reference_model.feature_set import FeatureSet
 from reference_model.features import FeatureNetwork
-from reference_model.held_out_loss import loss_at_levels
+from reference_model.held_out_loss import LEVELS, LOSS, loss_at_levels
 from reference_model.metrics import frechet_distance, mean_and_error
 from reference_model.parallel_generation import generate_in_parallel
 from reference_model.pictures import Pictures
 from reference_model.precision_recall import precision_recall
 from reference_model.protocol import CLASSIFIER, HELD_OUT_IMAGES, TRAINING_IMAGES, Protocol
 from reference_model.reference_images import class_cycle, draw_images, reference_features
-
-HELD_OUT_LOSS = "held-out loss"
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ class Judge:
         self.num_classes = self._held_out.dataset.num_classes
         shares = np.bincount(self._train.dataset.labels.numpy())
         self._classes = class_cycle(shares, protocol.images)
-        if protocol.held_out_loss and not config.held_out:
+        self._config = config
+        if protocol.held_out_loss:  # not after an hour of sampling
             _check_held_out(config, self._held_out)
 
         self._classifier: Classifier | None = None
@@ -186,7 +185,7 @@ class Judge:
             **sampler_options: As `image_batches` takes them: guidance, for example.
         """
         protocol, classes = self.protocol, self.classes
-        sets, agreement, losses = [], [], []
+        sets, agreement = [], []
         for repeat in range(protocol.repeats):
             images = generate_in_parallel(
                 net, protocol, repeat, classes, self.encoder, **sampler_options
@@ -195,11 +194,40 @@ class Judge:
             sets.append(features)
             if self._classifier is not None and net.config.label_dim:
                 agreement.append(float((read_as == classes).double().mean()))
-            if protocol.held_out_loss:
-                losses.append(self._held_out_loss(net, repeat))
             on_repeat(images, read_as)
-        more = {HELD_OUT_LOSS: tuple(losses)} if losses else {}
+        more = {LOSS: self.held_out_losses(net)} if protocol.held_out_loss else {}
         return self.score_features(sets, agreement, more)
+
+    def held_out_losses(
+        self, net: Any, on_repeat: Callable[[int], object] = lambda images: None
+    ) -> tuple[float, ...]:
+        """Measure the denoising error on held-out images, which needs no sampling.
+
+        Images and noise of a repeat are the same for all weights, and other ones in each repeat.
+
+        Args:
+            net: A `Denoiser`.
+            on_repeat: Called after each repeat with the protocol's number of images: a repeat
+                denoises about so many, at all noise levels together.
+
+        Returns:
+            `HeldOutLoss.mean` of each repeat; lower is better.
+
+        Raises:
+            ValueError: If the run trained on all images.
+        """
+        protocol, dataset = self.protocol, self._held_out.dataset
+        _check_held_out(self._config, self._held_out)
+        count = min(-(-protocol.images // len(LEVELS)), len(dataset))
+        losses = []
+        for repeat in range(protocol.repeats):
+            seed = protocol.seeds(repeat).start
+            loss = loss_at_levels(
+                net, dataset, self.encoder, count=count, seed=seed, batch_size=protocol.batch_size
+            )
+            losses.append(loss.mean)
+            on_repeat(protocol.images)
+        return tuple(losses)
 
     def score_real(self) -> Score:
         """Score real images in place of generated ones: what a perfect model would get.
@@ -311,15 +339,6 @@ class Judge:
         features.update(vectors)
         return features, torch.from_numpy(read_as)
 
-    def _held_out_loss(self, net: Any, repeat: int) -> float:
-        protocol, dataset = self.protocol, self._held_out.dataset
-        count = min(protocol.images, len(dataset))
-        seed = protocol.seeds(repeat).start
-        loss = loss_at_levels(
-            net, dataset, self.encoder, count=count, seed=seed, batch_size=protocol.batch_size
-        )
-        return loss.mean
-
     def _measure_accuracy(self) -> float | None:
         if self._classifier is None:
             return None
@@ -343,7 +362,7 @@ class Judge:
 
 
 def _check_held_out(config: TrainConfig, held_out: Pictures) -> None:
-    if held_out.dataset.source.held_out is None:
+    if not config.held_out and held_out.dataset.source.held_out is None:
         raise ValueError(
             f"the run trained on all of {config.data} (held_out=0): there are no held-out images "
             "to measure a loss on"

@@ -16,11 +16,13 @@ from reference_model.charts import plus_minus
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config, write_atomically
 from reference_model.configs import TrainConfig
 from reference_model.report_explorer import explorer
-from reference_model.report_images import Pixels, read_sheet
-from reference_model.sweep import REAL, SAMPLES, SHEET_COLUMNS, label
+from reference_model.report_grids import grids
+from reference_model.sheets import REAL, SAMPLES, SHEET_COLUMNS, Pixels, read_sheet
 from reference_model.sweep_record import SweepRecord, load_record
 
 REPORT_FILE = "report.html"
+MAX_PIXEL_BYTES = 6 << 20
+"""Of all images on the page; as PNG in base64 they take about as much."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Run:
         config: What it was started with.
         stats: Lines of its statistics.
         record: Its sweep, if there was one.
-        sheets: Images by set of weights: ``raw``, ``sigma_rel=…``, ``direct_sigma_rel=…``.
+        sheets: Images by set of weights: `Point.label`, that with ``direct_`` before it, ``real``.
     """
 
     run_dir: Path
@@ -58,13 +60,25 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         raise RunDirError(f"{stats_path} has a line that is not JSON: {error}") from error
     sheets: dict[str, Pixels] = {}
     if record is not None:
-        names = [REAL, *(label(m.sigma_rel) for m in record.measurements)]
+        shown = [record.raw, *record.averages, record.best_of_all]
+        names = [REAL, *dict.fromkeys(m.point.label for m in shown if m is not None)]
         for name in [*names, *(f"direct_{n}" for n in names)]:
             path = run_dir / SAMPLES / f"{name}.png"
             images = read_sheet(path, len(record.shown), SHEET_COLUMNS)
             if images is not None:
                 sheets[name] = images
-    return Run(run_dir, config, stats, record, sheets)
+    return Run(run_dir, config, stats, record, _within_budget(sheets))
+
+
+def _within_budget(sheets: dict[str, Pixels]) -> dict[str, Pixels]:
+    """As many whole rows of each sheet as a page may hold, one at least."""
+    rows = -(-max((len(images) for images in sheets.values()), default=0) // SHEET_COLUMNS)
+    size = sum(images.nbytes for images in sheets.values())
+    while rows > 1 and size > MAX_PIXEL_BYTES:
+        rows -= 1
+        sheets = {name: images[: rows * SHEET_COLUMNS] for name, images in sheets.items()}
+        size = sum(images.nbytes for images in sheets.values())
+    return sheets
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -93,6 +107,7 @@ def render(run: Run) -> str:
     if run.record is not None and run.record.best is not None:
         record = run.record
         sections.append(report_sections.quality(run, record))
+        sections += grids(run, record)
         sections.append(explorer(run, record))
         states = [
             {

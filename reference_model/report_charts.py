@@ -24,6 +24,9 @@ from reference_model.sweep_record import Measurement, SweepRecord, clearly_worse
 EXACT = 1e-7
 """Errors below this are none: the length is one that snapshots hold."""
 
+FAR = 4
+"""A level lower than the best by more than this factor is told in words, not drawn."""
+
 
 def state_link(measurement: Measurement) -> str:
     """Address of the page with this EMA length selected."""
@@ -48,7 +51,8 @@ def quality_chart(record: SweepRecord) -> str:
     averages, raw, best = record.averages, record.raw, record.best
     assert best is not None  # the report draws this only where there are averages
     equal = [m for m in averages if not clearly_worse(m, best)]
-    levels = [*record.real, *(raw.distances if raw else ())]
+    real = record.real if record.real and min(record.real) > best.distance / FAR else ()
+    levels = [*real, *(raw.distances if raw else ())]
     y_scale = nice_range([*levels, *(d for m in averages for d in m.distances)], log=True)
 
     def draw(width: int, height: int) -> str:
@@ -65,7 +69,7 @@ def quality_chart(record: SweepRecord) -> str:
         )
         for name, values, style in (
             ("raw weights", raw.distances if raw else (), "raw"),
-            ("real images", record.real, "real"),
+            ("real images", real, "real"),
         ):
             if values:
                 mean, error = mean_and_error(values)
@@ -152,9 +156,8 @@ def profile_chart(record: SweepRecord) -> str:
                 anchor="middle",
             )
             chart.end_group()
-        end = max(t for t, _ in record.inputs) if record.inputs else 1.0
-        for t in sorted({t for t, _ in record.inputs}):
-            chart.tick_mark(t / end, "snapshot")
+        for t in sorted({t for t, _ in record.inputs_at(record.end)}):
+            chart.tick_mark(t / record.end, "snapshot")
         return chart.svg("Averaging profiles over training, one for each EMA length")
 
     return responsive(draw, wide=(960, 300), narrow=(380, 260))
@@ -162,9 +165,8 @@ def profile_chart(record: SweepRecord) -> str:
 
 def coefficient_chart(record: SweepRecord) -> str:
     """The multipliers of the snapshots, one set for each EMA length."""
-    times = [t for t, _ in record.inputs]
-    tracks = sorted({sigma_rel for _, sigma_rel in record.inputs})
-    end = max(times)
+    inputs = record.inputs_at(record.end)
+    tracks, end = sorted({sigma_rel for _, sigma_rel in inputs}), record.end
 
     def draw(width: int, height: int) -> str:
         parts = []
@@ -183,7 +185,7 @@ def coefficient_chart(record: SweepRecord) -> str:
                 format_x=lambda v: f"{100 * v:.0f} %",
             )
             chart.level(0.0, "axis")
-            for (t, sigma_rel), c in zip(record.inputs, m.coefficients, strict=True):
+            for (t, sigma_rel), c in zip(inputs, m.coefficients, strict=True):
                 k = tracks.index(sigma_rel)
                 # Tracks of the same time stand side by side.
                 shift = (k - (len(tracks) - 1) / 2) * 4.0

@@ -14,9 +14,9 @@ from reference_model.report_charts import (
     percent,
     profile_chart,
 )
-from reference_model.report_images import Pixels, sheet
-from reference_model.sweep import REAL, SHEET_COLUMNS, label
-from reference_model.sweep_record import DirectCheck, Measurement, SweepRecord
+from reference_model.report_images import sheet
+from reference_model.sheets import REAL, SHEET_COLUMNS, Pixels
+from reference_model.sweep_record import AGREEMENT, DirectCheck, Measurement, SweepRecord
 
 if TYPE_CHECKING:
     from reference_model.report import Run
@@ -60,9 +60,9 @@ def explorer(run: Run, record: SweepRecord) -> str:
 def samples(run: Run, record: SweepRecord, index: int) -> str:
     """Images of the same noise from raw weights and from every average."""
     shown = [
-        (i, m, run.sheets[label(m.sigma_rel)])
+        (i, m, run.sheets[m.point.label])
         for i, m in enumerate(record.averages)
-        if label(m.sigma_rel) in run.sheets
+        if m.point.label in run.sheets
     ]
     if not shown:
         return ""
@@ -82,7 +82,7 @@ def samples(run: Run, record: SweepRecord, index: int) -> str:
         f'<div class="{_state(i, index)}" data-state="{i}">{_grid(record, m, images)}</div>'
         for i, m, images in shown
     )
-    raw, raw_images = "", run.sheets.get(label(None))
+    raw, raw_images = "", run.sheets.get(record.raw.point.label) if record.raw else None
     if raw_images is not None and record.raw is not None:
         grid = _grid(record, record.raw, raw_images)
         raw = f"<figure><h3>Raw weights</h3>{classes}{grid}</figure>"
@@ -93,11 +93,13 @@ def samples(run: Run, record: SweepRecord, index: int) -> str:
 
 def _grid(record: SweepRecord, m: Measurement, images: Pixels) -> str:
     """Samples, outlined where the classifier reads another class than was asked for."""
-    pairs = zip(record.shown, m.read_as, strict=True)
+    pairs = zip(record.shown, m.read_as[: len(images)], strict=False)
     wrong = [i for i, (asked, read) in enumerate(pairs) if asked != read]
     name = "raw weights" if m.sigma_rel is None else f"EMA length {m.sigma_rel:g}"
     grid = sheet(images, SHEET_COLUMNS, wrong, alt=f"{len(images)} samples, {name}")
-    overall = percent(1 - float(np.mean(m.agreement)))
+    if AGREEMENT not in m.scores:
+        return grid
+    overall = percent(1 - m.mean(AGREEMENT)[0])
     return (
         f"{grid}<figcaption>Outlined: {len(wrong)} of {len(images)} that the classifier does not "
         f"read as the class asked for; {overall} of all images measured.</figcaption>"
@@ -106,8 +108,9 @@ def _grid(record: SweepRecord, m: Measurement, images: Pixels) -> str:
 
 def profiles(record: SweepRecord, index: int) -> str:
     """What an average weights, which snapshots there are, and how they combine."""
-    tracks = sorted({sigma_rel for _, sigma_rel in record.inputs})
-    times = len({t for t, _ in record.inputs})
+    inputs = record.inputs_at(record.end)
+    tracks = sorted({sigma_rel for _, sigma_rel in inputs})
+    times = len({t for t, _ in inputs})
     keys = "".join(
         f"<li>{_key(_track_marks(k % 4))}snapshots of {SIGMA} {sigma_rel:g}</li>"
         for k, sigma_rel in enumerate(tracks)
@@ -186,8 +189,8 @@ def _trust_words(checked: list[tuple[Measurement, DirectCheck]]) -> str:
 
 def _strips(run: Run, m: Measurement, i: int, index: int) -> str:
     """Samples from reconstructed and tracked weights, and their difference."""
-    made = run.sheets.get(label(m.sigma_rel))
-    tracked = run.sheets.get(f"direct_{label(m.sigma_rel)}")
+    made = run.sheets.get(m.point.label)
+    tracked = run.sheets.get(f"direct_{m.point.label}")
     if made is None or tracked is None or m.direct is None:
         return ""
     made, tracked = made[:STRIP_IMAGES], tracked[:STRIP_IMAGES]

@@ -1,4 +1,4 @@
-"""Sample sheets of the report: cut apart, laid out again with gaps, embedded in the page."""
+"""Sample sheets as the report shows them: laid out with gaps, embedded in the page."""
 
 from __future__ import annotations
 
@@ -6,43 +6,13 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]
+from reference_model.sheets import Pixels
+
 GAP = 1
-
-
-def read_sheet(path: Path, count: int, columns: int) -> Pixels | None:
-    """Cut a sheet written without margins into its images.
-
-    Args:
-        path: PNG file.
-        count: Number of images on it.
-        columns: Images in a row.
-
-    Returns:
-        ``[count, H, W, C]``, or ``None`` if there is no such file.
-
-    Raises:
-        ValueError: If the sheet cannot be divided that way.
-    """
-    if not path.exists():
-        return None
-    with Image.open(path) as picture:
-        pixels = np.atleast_3d(np.asarray(picture))
-    rows = -(-count // columns)
-    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
-    if pixels.shape[:2] != (rows * height, columns * width):
-        raise ValueError(
-            f"{path} has {pixels.shape[1]}×{pixels.shape[0]} pixels, which are not {columns} "
-            f"columns and {rows} rows; remove the sweep's record to measure again"
-        )
-    cells = pixels.reshape(rows, height, columns, width, -1).swapaxes(1, 2)
-    return cells.reshape(rows * columns, height, width, -1)[:count]
 
 
 def sheet(images: Pixels, columns: int, marked: Sequence[int] = (), alt: str = "") -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from reference_model.charts import number, plus_minus
 from reference_model.metrics import mean_and_error
-from reference_model.report_charts import loss_chart, percent, quality_chart
+from reference_model.report_charts import FAR, loss_chart, percent, quality_chart
 from reference_model.report_explorer import SIGMA
+from reference_model.report_grids import command_for
 from reference_model.sweep_record import (
+    AGREEMENT,
+    DISTANCE,
     Measurement,
     SweepRecord,
     clearly_worse,
@@ -55,7 +56,8 @@ def header(run: Run) -> str:
         for title, value, note in figures
     )
     steps = run.config.total_nimg // run.config.batch_size
-    times, made = len({t for t, _ in record.inputs}), len(record.averages)
+    times = len({t for t, _ in record.inputs_at(record.end)})
+    made = len(record.averages)
     seconds, count = record.reconstruct_seconds
     together = f", in one pass of {number(seconds, 2)} s" if count == made else ""
     return f"""<header>{eyebrow}
@@ -98,10 +100,11 @@ def quality(run: Run, record: SweepRecord) -> str:
         )
     real = ""
     if record.real:
+        drawn = "dotted" if min(record.real) > best.distance / FAR else "below the figure"
         real = (
             "Zero is out of reach: as many real training images, compared with the same held-out "
-            f"ones, score {number(mean_and_error(record.real)[0])} (dotted), because both sets are "
-            "finite. "
+            f"ones, score {number(mean_and_error(record.real)[0])} ({drawn}), because both sets "
+            "are finite. "
         )
     protocol, judge = record.settings["protocol"], record.settings["judge"]
     return f"""<section id="quality"><h2>Quality against EMA length</h2>
@@ -169,10 +172,10 @@ def facts(run: Run) -> str:
         rows["Training took"] = _duration(run.stats[-1]["seconds"])
     if record is not None:
         protocol, judge = record.settings["protocol"], record.settings["judge"]
-        seconds = sum(m.seconds for m in record.measurements)
+        seconds = sum(m.seconds for m in record.imaged)
         machine = record.machine
         rows["Measuring took"] = (
-            f"{_duration(seconds)} for {len(record.measurements)} sets of weights with "
+            f"{_duration(seconds)} for {len(record.imaged)} sets of weights with "
             f"{protocol['images'] * protocol['repeats']:,} images each, of "
             f"{2 * protocol['num_steps'] - 1} network evaluations"
         )
@@ -199,14 +202,25 @@ def facts(run: Run) -> str:
 def what_next(run: Run) -> str:
     """Commands that continue from here, and the same in one's own loop."""
     record, where = run.record, escape(str(run.run_dir))
-    best = f"{record.best.sigma_rel:g}" if record is not None and record.best else "0.1"
+    best = "0.1"
+    generate = f"python -m reference_model generate --run-dir {run.run_dir} --sigma-rel 0.1 "
+    generate += f"--out {run.run_dir}/samples"
+    if record is not None and record.best is not None and record.best_of_all is not None:
+        best = f"{record.best.sigma_rel!r}"
+        generate = command_for(run.run_dir, record.best_of_all)
     return f"""<section id="next"><h2>What to type next</h2>
 <p>With this run:</p>
-<pre data-copy><code><span class="c"># more samples from the best average</span>
-python -m reference_model generate --run-dir {where} --sigma-rel {best} --out {where}/best
+<pre data-copy><code><span class="c"># more samples from the best that was measured</span>
+{escape(generate)}
 
 <span class="c"># other lengths; what is measured already is kept</span>
 python -m reference_model sweep --run-dir {where} --sigma-rel 0.06,0.07,...,0.14
+
+<span class="c"># at earlier times; with guidance by another average; of single tensors</span>
+python -m reference_model sweep --run-dir {where} --times 4
+python -m reference_model sweep --run-dir {where} --sigma-rel {best} \\
+  --guidance 1,1.5,2 --guidance-sigma-rel 0.25
+python -m reference_model sweep --run-dir {where} --sensitivity
 
 <span class="c"># what the snapshots allow, and how exactly: for snapshots of any model</span>
 posthoc-ema list {where}/ema
@@ -249,20 +263,30 @@ def _error_figure(record: SweepRecord) -> tuple[str, str, str]:
         return title, f"≤ {percent(max(true))}", f"of the weights; {note}"
     if predicted:
         return title, f"≤ {percent(max(predicted))}", "of the weights, as predicted"
-    return "Snapshots used", str(len(record.inputs)), "to make each average"
+    return "Snapshots used", str(len(record.inputs_at(record.end))), "to make each average"
 
 
 def _table(record: SweepRecord) -> str:
-    titles = ("Weights", "Distance", "± std. error", "Read as asked", "Predicted", "True error")
+    more = [name for name in record.measures if name not in (DISTANCE, AGREEMENT)]
+    titles: tuple[str, ...] = (
+        "Weights",
+        "Distance",
+        "± std. error",
+        "Read as asked",
+        "Predicted",
+        "True error",
+    )
+    titles += tuple(escape(name.capitalize()) for name in more)
     rows = []
-    for m in record.measurements:
+    for m in [*([record.raw] if record.raw else []), *record.averages]:
         cells = (
-            "raw" if m.sigma_rel is None else f"{SIGMA} {m.sigma_rel:g}",
+            "raw" if m.sigma_rel is None else f"{SIGMA} {m.sigma_rel:.4g}",
             number(m.distance),
             number(m.error, 2),
-            f"{100 * float(np.mean(m.agreement)):.1f} %",
+            f"{100 * m.mean(AGREEMENT)[0]:.1f} %" if AGREEMENT in m.scores else "–",
             percent(m.predicted_error) if m.predicted_error is not None else "–",
             percent(m.direct.error) if m.direct else "–",
+            *(plus_minus(*m.mean(name)) for name in more),
         )
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)

@@ -53,6 +53,7 @@ def test_impossible_scales_are_refused(low: float, high: float, log: bool, messa
         (Scale(-0.34, 0.91), 4, [0, 0.5]),
         (Scale(0, 102_400), 5, [0, 25_000, 50_000, 75_000, 100_000]),
         (Scale(0.17, 0.62, log=True), 6, [0.2, 0.3, 0.5]),
+        (Scale(4.4, 6.3, log=True), 6, [4.5, 5, 5.5, 6]),
         (Scale(1e-6, 1e-2, log=True), 5, [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]),
     ],
 )

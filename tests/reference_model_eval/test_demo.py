@@ -77,7 +77,7 @@ def test_sweep_as_a_table_and_as_json(run_dir: Path):
 def test_evaluate_raw_and_averaged(run_dir: Path):
     data = json.loads(run("evaluate", "--run-dir", run_dir, "--raw", "--quiet", "--json"))
     recorded = json.loads((run_dir / "sweep.json").read_text())["measurements"][0]
-    assert data["measurements"][0]["distances"] == recorded["distances"]
+    assert data["measurements"][0]["distances"] == recorded["scores"]["distance"]
     text = run("evaluate", "--run-dir", run_dir, "--sigma-rel", "0.1", "--quiet", "--repeats", "1")
     assert [line.split()[0] for line in text.splitlines()] == ["sigma_rel", "0.1"]
 

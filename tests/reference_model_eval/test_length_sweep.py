@@ -13,13 +13,17 @@ from posthoc_ema import reconstruct
 from reference_model.averages import Weights
 from reference_model.checkpoint import RunDirError, load_checkpoint, load_config, load_network
 from reference_model.demo import QUICK
+from reference_model.direct_check import direct_averages, relative_error
 from reference_model.evaluate import evaluate
 from reference_model.judge import Judge
 from reference_model.parallel_generation import generate_in_parallel
+from reference_model.points import Point
 from reference_model.protocol import Protocol
 from reference_model.sampler import generate_images
-from reference_model.sweep import direct_averages, relative_error, sweep
+from reference_model.sweep import sweep
 from reference_model.sweep_record import (
+    AGREEMENT,
+    DISTANCE,
     Measurement,
     SweepRecord,
     clearly_worse,
@@ -29,7 +33,7 @@ from reference_model.sweep_record import (
 
 
 def measurement(sigma_rel: float | None, *distances: float) -> Measurement:
-    return Measurement(sigma_rel, distances, (1.0,) * len(distances), (), seconds=0.0)
+    return Measurement(Point(sigma_rel, 5.0), {DISTANCE: distances})
 
 
 def test_the_record_holds_every_length_and_the_raw_weights(finished_demo: Path):
@@ -37,7 +41,7 @@ def test_the_record_holds_every_length_and_the_raw_weights(finished_demo: Path):
     assert record is not None
     assert [m.sigma_rel for m in record.measurements] == [None, *QUICK.sigma_rels]
     for m in record.measurements:
-        assert len(m.distances) == len(m.agreement) == QUICK.protocol.repeats
+        assert len(m.distances) == len(m.scores[AGREEMENT]) == QUICK.protocol.repeats
         assert all(math.isfinite(d) and d > 0 for d in m.distances)
         assert len(m.read_as) == len(record.shown) == 40
     for m in record.averages:
@@ -58,7 +62,7 @@ def test_a_recorded_distance_is_that_of_images_made_by_hand(finished_demo: Path)
     seeds = range(protocol.images, 2 * protocol.images)  # those of the second repeat
     classes = torch.arange(protocol.images) % 10
     images = generate_images(net, seeds, classes, batch_size=7, num_steps=protocol.num_steps)
-    found = record.find(sigma_rel)
+    found = record.find(Point(sigma_rel, 800))
     assert found is not None
     # Another batch size sums in another order: a pixel may round to the next of 255 levels.
     assert judge.judge(images, classes)[0] == pytest.approx(found.distances[1], rel=1e-2)
@@ -76,15 +80,15 @@ def test_measured_lengths_are_kept_and_only_new_ones_are_measured(
     scored = []
     real_score = Judge.score
 
-    def counting_score(self: Judge, *args: object) -> object:
+    def counting_score(self: Judge, *args: object, **options: object) -> object:
         scored.append(1)
-        return real_score(self, *args)
+        return real_score(self, *args, **options)
 
     monkeypatch.setattr(Judge, "score", counting_score)
     record = sweep(run_dir, (0.07, 0.15), QUICK.protocol, progress=False)
     assert len(scored) == 1
     assert [m.sigma_rel for m in record.averages] == [0.03, 0.07, 0.1, 0.15, 0.2]
-    assert record.find(0.07) == before.find(0.07)
+    assert record.find(Point(0.07, 800)) == before.find(Point(0.07, 800))
     assert load_record(run_dir) == record
 
 
@@ -186,8 +190,8 @@ def test_the_record_survives_a_round_trip(tmp_path: Path):
     [
         ("{", "Expecting property name"),
         ("{}", "'version'"),
-        ('{"version": 99}', "format version 99, this package reads 1"),
-        ('{"version": 1, "measurements": [{}], "inputs": []}', "direct"),
+        ('{"version": 99}', "format version 99, this package reads 2"),
+        ('{"version": 2, "measurements": [{}], "inputs": []}', "point"),
     ],
 )
 def test_a_broken_record_is_named(tmp_path: Path, text: str, reason: str):

@@ -13,10 +13,12 @@ from PIL import Image
 
 from reference_model.checkpoint import RunDirError
 from reference_model.demo import QUICK
+from reference_model.points import Point
 from reference_model.report import load_run, write_report
-from reference_model.report_images import read_sheet, sheet
+from reference_model.report_images import sheet
 from reference_model.report_sections import conclusions, headline
-from reference_model.sweep_record import Measurement, SweepRecord, load_record
+from reference_model.sheets import read_sheet
+from reference_model.sweep_record import DISTANCE, Measurement, SweepRecord, load_record
 
 VOID = {"meta", "img", "input", "br", "link"}
 LOADS = re.compile(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?\s*(https?:|//)""")
@@ -69,8 +71,7 @@ def record_of(raw: list[float] | None, averages: dict[float, list[float]]) -> Sw
     record = SweepRecord({})
     rows = [(None, raw)] if raw else []
     for sigma_rel, distances in [*rows, *averages.items()]:
-        agreement = (1.0,) * len(distances)
-        record.add(Measurement(sigma_rel, tuple(distances), agreement, (), seconds=0.0))
+        record.add(Measurement(Point(sigma_rel, 1.0), {DISTANCE: tuple(distances)}))
     return record
 
 
@@ -197,7 +198,7 @@ def test_sheets_are_cut_apart_as_they_were_put_together(tmp_path: Path, finished
     assert read_sheet(tmp_path / "none.png", 7, 5) is None
     with pytest.raises(ValueError, match=r"20×6 pixels, which are not 6 columns and 2 rows"):
         read_sheet(tmp_path / "sheet.png", 7, 6)
-    assert load_run(finished_demo).sheets["raw"].shape == (40, 8, 8, 1)
+    assert load_run(finished_demo).sheets["raw_t=800"].shape == (40, 8, 8, 1)
 
 
 def test_outlines_lie_around_the_images_marked():
