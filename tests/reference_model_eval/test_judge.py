@@ -17,8 +17,8 @@ from reference_model.demo import QUICK
 from reference_model.encoders import PIXELS
 from reference_model.feature_set import FeatureSet
 from reference_model.generate import generate
-from reference_model.held_out_loss import loss_at_levels
-from reference_model.judge import HELD_OUT_LOSS, Judge
+from reference_model.held_out_loss import LOSS, loss_at_levels
+from reference_model.judge import Judge
 from reference_model.metrics import frechet_distance
 from reference_model.pictures import Pictures
 from reference_model.precision_recall import precision_recall
@@ -157,7 +157,7 @@ def test_held_out_loss_is_measured_where_it_is_asked_for(tmp_path: Path, corners
     held_out = load_dataset("digits", "held_out")
     expected = [loss_at_levels(net, held_out, PIXELS, count=40, seed=s).mean for s in (0, 40)]
     # The same float32 operations, in batches of 40.
-    assert score.more[HELD_OUT_LOSS] == pytest.approx(expected, rel=1e-6)
+    assert score.more[LOSS] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match=r"held_out=0\): there are no held-out images"):
         Judge(replace(config, held_out=0.0), protocol, tmp_path, progress=False)
 
