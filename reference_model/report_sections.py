@@ -113,9 +113,8 @@ def quality(run: Run, record: SweepRecord) -> str:
 <p class="caption">Dots: mean of {protocol["repeats"]} repeats of {protocol["images"]:,} images,
 with its standard error; thin lines: the single repeats. In each repeat all lengths start from the
 same noise, so that thin lines move together: what separates them is chance in the noise, the shape
-they share is not. {real}Distances are Fréchet distances between {judge["features"]} features, as a
-classifier of the training images sees them, of generated and of {judge["held_out_images"]} held-out
-images. The thick part of the axis holds the lengths that cannot be told apart from the best. This
+they share is not. {real}Distances are Fréchet distances between generated and
+{judge["reference_images"]:,} real images, in {judge["features"]} features of the {escape(judge["network"])}. The thick part of the axis holds the lengths that cannot be told apart from the best. This
 is one training run; another would move the curve. Select a dot to see its images below.</p>
 <details><summary>All numbers</summary><div class="scroll">{_table(record)}</div></details>
 </section>"""
@@ -179,9 +178,11 @@ def facts(run: Run) -> str:
             f"{protocol['images'] * protocol['repeats']:,} images each, of "
             f"{2 * protocol['num_steps'] - 1} network evaluations"
         )
-        rows["Classifier"] = (
-            f"trained on {judge['train_images']:,} images, {100 * judge['accuracy']:.1f} % of the "
-            f"{judge['held_out_images']} held-out ones right"
+        rows["Feature network"] = f"{judge['network']}, {judge['features']} features" + (
+            f"; trained on {judge['train_images']:,} images, {100 * judge['accuracy']:.1f} % of "
+            f"the {judge['held_out_images']:,} held-out ones right"
+            if judge["accuracy"] is not None
+            else ""
         )
         rows["Machine"] = (
             f"{machine.get('processor')}, {machine.get('threads')} threads, "
