@@ -114,8 +114,10 @@ def quality(run: Run, record: SweepRecord) -> str:
 with its standard error; thin lines: the single repeats. In each repeat all lengths start from the
 same noise, so that thin lines move together: what separates them is chance in the noise, the shape
 they share is not. {real}Distances are Fréchet distances between generated and
-{judge["reference_images"]:,} real images, in {judge["features"]} features of the {escape(judge["network"])}. The thick part of the axis holds the lengths that cannot be told apart from the best. This
-is one training run; another would move the curve. Select a dot to see its images below.</p>
+{judge["reference_images"]:,} real images, in {judge["features"]} features of the
+{escape(judge["network"])}. The thick part of the axis holds the lengths that cannot be told apart
+from the best. This is one training run; another would move the curve. Select a dot to see its
+images below.</p>
 <details><summary>All numbers</summary><div class="scroll">{_table(record)}</div></details>
 </section>"""
 

@@ -17,7 +17,7 @@ from reference_model.demo import QUICK
 from reference_model.encoders import PIXELS
 from reference_model.feature_set import FeatureSet
 from reference_model.generate import generate
-from reference_model.held_out_loss import LOSS, loss_at_levels
+from reference_model.held_out_loss import LEVELS, LOSS, loss_at_levels
 from reference_model.judge import Judge
 from reference_model.metrics import frechet_distance
 from reference_model.pictures import Pictures
