@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference_model.dropout import ImageDropout
 from reference_model.mp_layers import (
     SILU_MAGNITUDE,
     Gain,
@@ -84,7 +85,7 @@ class MPResidual(nn.Module):
         self.conv1 = MPConv(
             out_channels, out_channels, kernel=(3, 3), factor=share / SILU_MAGNITUDE
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ImageDropout(config.dropout)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`, times its share."""

@@ -36,6 +36,9 @@ HELD_OUT = 0.25
 PRECISIONS = ("float32", "float16", "bfloat16")
 """Types of activations; weights, embedding, norms and loss are float32 with each."""
 
+PARALLEL = ("ddp", "fsdp")
+"""Ways for several processes to share a model: a copy in each, or a shard in each."""
+
 
 def option(help: str, **default: Any) -> Any:
     """Declare a dataclass field with its help text for the command line."""
