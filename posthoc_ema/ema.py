@@ -137,12 +137,35 @@ class EMA:
     def __repr__(self) -> str:
         return f"EMA({self._profiles}, t={self._t} {self._unit}, snapshots={self._store})"
 
+    def bind(self, model: Any) -> None:
+        """Bind to the model before the first update, which else does it.
+
+        Only where a checkpoint is loaded into tensors that must be there already:
+        :meth:`state_dict` then has averages (zeros) in the form of the model, into which
+        ``torch.distributed.checkpoint`` loads, cut as this number of processes needs them.
+
+        Args:
+            model: As given to :meth:`update`.
+
+        Raises:
+            StructureError: If it cannot be tracked, or does not fit averages that were loaded.
+
+        Example:
+            >>> ema.bind(model)  # doctest: +SKIP
+            >>> dcp.load({"model": model_state, "ema": ema}, checkpoint_id=path)  # doctest: +SKIP
+        """
+        if self._tracker is None:
+            self._bind(model)
+        else:
+            self._tracker.check(model)
+
     def update(self, model: Any, t: float | None = None) -> None:
         """Take the weights into the averages; call after each optimiser step.
 
         Args:
-            model: A ``torch.nn.Module`` (plain, compiled or data-parallel), a mapping from
-                names to arrays of numpy, torch or JAX, or a JAX pytree.
+            model: A ``torch.nn.Module`` (plain, compiled, data-parallel, or sharded: FSDP2 and
+                other DTensors), a mapping from names to arrays of numpy, torch or JAX, or a JAX
+                pytree.
             t: Training time, in any unit, strictly increasing; by default the number of calls.
                 The decay follows from it, so any interval between updates is exact.
 
@@ -158,10 +181,7 @@ class EMA:
         if self._swapped:
             raise StateError("update was called inside applied(): the model holds averages")
         t, counts_steps = self._next_time(t)
-        if self._tracker is None:
-            self._bind(model)
-        else:
-            self._tracker.check(model)
+        self.bind(model)
         tracker = self._bound()
         if self._store is not None and not self._claimed:
             self._claim(self._t)
@@ -284,10 +304,12 @@ class EMA:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, for the training checkpoint: copies, plain data.
 
-        ``torch.load(weights_only=True)`` reads it; nothing refers to this library's classes.
+        ``torch.load(weights_only=True)`` reads it; nothing refers to this library's classes. Of
+        sharded weights (DTensor) each process gets its own shards, as DTensors, without
+        communication: save them with ``torch.distributed.checkpoint``.
         """
         averages: list[dict[str, Any]] = []
-        if self._tracker is not None and self._t:
+        if self._tracker is not None:
             tracker = self._tracker
             averages = [
                 {spec.name: tracker.average(track, spec.name) for spec in tracker.averaged}
@@ -343,11 +365,12 @@ class EMA:
         # Copies: the state stays the caller's own, whatever becomes of these.
         averages = [{n: copy(v) for n, v in track.items()} for track in state["averages"]]
         t = _number(state["t"])
-        if len(averages) != (len(profiles) if t else 0):
+        if len(averages) not in ({len(profiles)} if t else {0, len(profiles)}):
             raise ValueError(
                 f"the state at t={t} has averages of {len(averages)} tracks, expected "
                 f"{len(profiles) if t else 0}; it is incomplete"
             )
+        averages = averages if t else []  # those before the first update mean nothing
         if self._tracker is not None and averages:
             self._load_into(self._tracker, averages)
         else:
@@ -387,18 +410,8 @@ class EMA:
         self._tracker = tracker
 
     def _load_into(self, tracker: Tracker, averages: Sequence[Mapping[str, Any]]) -> None:
-        expected = {spec.name: spec.shape for spec in tracker.averaged}
         for values in averages:  # all, before the first is touched
-            found = {name: tuple(value.shape) for name, value in values.items()}
-            if found != expected:
-                wrong = sorted(
-                    name for name in {*found, *expected} if found.get(name) != expected.get(name)
-                )
-                raise StructureError(
-                    f"the state's averages do not fit the model: {wrong[0]} has shape "
-                    f"{found.get(wrong[0], 'none')} in the state and "
-                    f"{expected.get(wrong[0], 'none')} in the model ({len(wrong)} such names)"
-                )
+            tracker.check_loadable(values)
         for track, values in enumerate(averages):
             for name, value in values.items():
                 tracker.load(track, name, value)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from posthoc_ema.boxes import Box
 from posthoc_ema.errors import StructureError
 from posthoc_ema.snapshot_file import AverageSource, CopySource
 
@@ -29,12 +30,21 @@ class TensorSpec:
         shape: Shape in the model.
         dtype: Safetensors name of the model's own type.
         averaged: Averaged, or copied as it is (buffers, integers).
+        part: What this process holds of a tensor that is cut across several; None for the others.
+        first: Whether no other process before this one holds the same part.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     averaged: bool
+    part: Box | None = None
+    first: bool = True
+
+    @property
+    def box(self) -> Box:
+        """What this process holds."""
+        return Box.whole(self.shape) if self.part is None else self.part
 
     @property
     def kept(self) -> str:
@@ -132,6 +142,24 @@ class Tracker(ABC):
     def load(self, track: int, name: str, value: Any) -> None:
         """Set one average from an array of any framework."""
 
+    def check_loadable(self, averages: Mapping[str, Any]) -> None:
+        """Make sure that :meth:`load` will take the averages of one track.
+
+        Raises:
+            StructureError: If names or shapes differ.
+        """
+        expected = {spec.name: spec.shape for spec in self.averaged}
+        found = {name: tuple(value.shape) for name, value in averages.items()}
+        if found != expected:
+            wrong = sorted(
+                name for name in {*found, *expected} if found.get(name) != expected.get(name)
+            )
+            raise StructureError(
+                f"the state's averages do not fit the model: {wrong[0]} has shape "
+                f"{found.get(wrong[0], 'none')} in the state and "
+                f"{expected.get(wrong[0], 'none')} in the model ({len(wrong)} such names)"
+            )
+
     @abstractmethod
     def average_sources(self, track: int) -> list[AverageSource]:
         """The averages of one track on their way to a file."""
@@ -162,6 +190,8 @@ def check_specs(bound: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> Non
     for name in now:
         if name in before and now[name].shape != before[name].shape:
             problems.append(f"{name} changed from shape {before[name].shape} to {now[name].shape}")
+        elif name in before and now[name].part != before[name].part:
+            problems.append(f"{name} was cut anew, from {before[name].box} to {now[name].box}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise StructureError(

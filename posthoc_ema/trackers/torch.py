@@ -30,6 +30,7 @@ from posthoc_ema.trackers.base import (
     unflatten_like,
 )
 from posthoc_ema.trackers.torch_model import bind, real_view, restored
+from posthoc_ema.trackers.torch_sharded import all_agree, part_for, reshard, sharded_like
 
 _KEPT = {"F32": torch.float32, "F64": torch.float64}
 _NATIVE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -96,6 +97,7 @@ class TorchTracker(Tracker):
         self._select, self._model = select, model
         self._binding = bind(model, select, first=True)
         self.specs, self.aliases = self._binding.specs, self._binding.aliases
+        self._specs = {spec.name: spec for spec in self.specs}
         self._places: dict[str, _Place] = {}
         pools: dict[tuple[torch.dtype, torch.device], _Pool] = {}
         for spec in self.averaged:
@@ -119,6 +121,8 @@ class TorchTracker(Tracker):
     def check(self, model: Any) -> None:
         """Notice replaced, moved or converted tensors without walking the module."""
         binding = self._binding
+        if model is self._model and binding.sharded and not binding.is_current():
+            reshard(model)  # a forward pass without a backward pass leaves parameters gathered
         if model is not self._model or not binding.is_current():
             binding = bind(model, self._select)
             check_specs(self.specs, binding.specs)
@@ -130,9 +134,15 @@ class TorchTracker(Tracker):
             self._binding = binding
             self._plan()
 
-    @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether all weights to be averaged are finite; waits for the device once."""
+        """Whether all weights to be averaged are finite; waits for the device once.
+
+        Of sharded weights, in all processes: they must do the same.
+        """
+        return all_agree(self._binding.sharded, self._is_finite())
+
+    @torch.no_grad()
+    def _is_finite(self) -> bool:
         if not all(tensors.is_finite() for tensors in self._compiled):
             return False
         by_device: dict[torch.device, list[torch.Tensor]] = {}
@@ -175,12 +185,21 @@ class TorchTracker(Tracker):
     def average(self, track: int, name: str) -> torch.Tensor:
         """A copy of one average, in the memory order of its parameter."""
         values = self._places[name].of(track).clone()
-        return torch.view_as_complex(values) if self._places[name].complex else values
+        values = torch.view_as_complex(values) if self._places[name].complex else values
+        return sharded_like(values, self._binding.tensors[name])
+
+    def check_loadable(self, averages: Mapping[str, Any]) -> None:
+        """Names and shapes, and that this process's part is there."""
+        super().check_loadable(averages)
+        for spec in self.averaged:
+            part_for(spec.name, averages[spec.name], spec.box, spec.shape)
 
     @torch.no_grad()
     def load(self, track: int, name: str, value: Any) -> None:
         """Set one average."""
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        spec = self._specs[name]
+        part = part_for(name, value, spec.box, spec.shape)
+        tensor = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.array(part))
         self._places[name].of(track).copy_(real_view(tensor))
 
     def average_sources(self, track: int) -> list[AverageSource]:

@@ -10,7 +10,7 @@ from import_graph import foreign_imports, layer_violations, private_imports
 
 # Lowest first. A module imports only from layers below its own; `cli` counts as one module.
 LAYERS = [
-    ["errors", "quadrature", "blocks", "workers"],
+    ["errors", "quadrature", "blocks", "boxes", "workers"],
     ["native"],
     ["conversion", "encoding"],
     ["profiles", "arrays", "tensorfile", "kernels"],
@@ -25,9 +25,10 @@ LAYERS = [
         "convert",
         "selection",
         "trackers.numpy",
-        "trackers.torch_model",
+        "trackers.torch_sharded",
         "trackers.__init__",
     ],
+    ["trackers.torch_model"],
     ["forecast", "planning", "thinning", "evaluations", "trackers.torch", "trackers.jax"],
     ["sweep", "plots", "plan", "pruning", "trackers.pick"],
     ["ema"],
@@ -52,7 +53,7 @@ HOMES = {
     "tqdm": ["convert", "reconstruct", "sweep", "cli.*"],
     "click": ["cli", "cli.*"],
     "matplotlib": ["plots"],
-    "torch": ["arrays", "trackers.torch", "trackers.torch_model"],
+    "torch": ["arrays", "trackers.torch", "trackers.torch_model", "trackers.torch_sharded"],
     "jax": ["arrays", "trackers.jax"],
 }
 
