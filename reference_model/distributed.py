@@ -33,8 +33,6 @@ class Processes:
     count: int = 1
     # Decisions are made on the CPU, so that no process waits for a GPU.
     _group: Any = field(default=None, repr=False)
-    # Outlives the process that fails; holds what it had to say.
-    _store: Any = field(default=None, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -99,12 +97,15 @@ def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
         OtherProcessError: In all processes but the one that failed first.
     """
     device = torch.device(device)
-    count = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if count == 1:
+    if dist.is_initialized():  # by a program of one's own, which also ends it
+        rank, count = dist.get_rank(), dist.get_world_size()
+        yield Processes(device, rank, count, dist.new_group(backend="gloo"))
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes(device)
         return
     store, rank, count = next(dist.rendezvous("env://"))
@@ -112,7 +113,7 @@ def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
     bound = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, **bound)
     try:
-        yield Processes(device, rank, count, dist.new_group(backend="gloo"), store)
+        yield Processes(device, rank, count, dist.new_group(backend="gloo"))
     except Exception as error:
         # Not torn down here: that could wait for a process which is gone.
         cause = _explained(error, store, rank)
@@ -123,7 +124,10 @@ def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
 
 
 def _explained(error: Exception, store: Any, rank: int) -> Exception:
-    """Return the error of this process, or what made it fail if that was another process."""
+    """Return the error of this process, or what made it fail if that was another process.
+
+    The store outlives the process that fails; it holds what that had to say.
+    """
     if isinstance(error, OtherProcessError):
         return error
     try:

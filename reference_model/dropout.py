@@ -21,10 +21,12 @@ class ImageDropout(nn.Dropout):
         """Map `[B, ...]` to the same shape."""
         if not self.training or self.p == 0 or self.generators is None:
             return super().forward(x)
-        keep = torch.empty_like(x)
+        # Always in the same order of elements, whatever the strides: that in which activations
+        # are stored, pixels before channels.
+        keep = x.new_empty(x.movedim(1, -1).shape)
         for mask, generator in zip(keep, self.generators, strict=True):
             mask.bernoulli_(1 - self.p, generator=generator)
-        return (x * keep).mul_(1 / (1 - self.p))
+        return (x * keep.movedim(-1, 1)).mul_(1 / (1 - self.p))
 
 
 @contextmanager

@@ -5,8 +5,10 @@ Gradients come out as those of one process that sees the whole batch, up to the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -60,13 +62,16 @@ class Replicated(Alone):
 
     def __init__(self, net: Denoiser, processes: Processes) -> None:
         super().__init__(net, processes)
+        ddp = nn.parallel.DistributedDataParallel
         on_gpu = processes.device.type == "cuda"
-        # Buffers are constants: nothing to broadcast.
-        self.call = nn.parallel.DistributedDataParallel(
+        # Buffers are constants: nothing to broadcast. The option's name depends on the version.
+        known = signature(ddp).parameters
+        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+        self.call = ddp(
             net,
             device_ids=[processes.device] if on_gpu else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{name: False},
         )
 
     @contextmanager
@@ -106,7 +111,10 @@ class Sharded(Alone):
         if first:
             normalize_stored(self.net)
         self.call.set_requires_gradient_sync(last)
-        yield
+        with warnings.catch_warnings():
+            # log variances are a view; nothing here writes to it
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+            yield
 
     def finish(self) -> None:
         """Average the gradients of the gains."""

@@ -62,9 +62,14 @@ class RunState:
         tensors = net.state_dict()
         net.load_state_dict({k: like(v, tensors.get(k)) for k, v in state["net"].items()})
         _load_optimizer(self.optimizer, net, state["optimizer"]["state"])
-        self.ema.load_state_dict(state["ema"])
-        if self.direct is not None:
-            self.direct.load_state_dict(state["direct"])
+        parameters = dict(net.named_parameters())
+        for ema, held in ((self.ema, state["ema"]), (self.direct, state["direct"])):
+            if ema is not None:
+                averages = [
+                    {name: like(value, parameters.get(name)) for name, value in track.items()}
+                    for track in held["averages"]
+                ]
+                ema.load_state_dict({**held, "averages": averages})
         self.nimg, self.seconds = state["nimg"], state["seconds"]
         # Earlier versions began a new window with each start.
         window = state.get("window", {"steps": 0, "loss": 0.0, "bad_gradients": 0})
