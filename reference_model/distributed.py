@@ -115,8 +115,9 @@ def processes(device: str | torch.device = "cpu") -> Iterator[Processes]:
     try:
         yield Processes(device, rank, count, dist.new_group(backend="gloo"))
     except Exception as error:
-        # Not torn down here: that could wait for a process which is gone.
         cause = _explained(error, store, rank)
+        if device.type == "cpu":  # on GPUs that could wait for a process which is gone
+            dist.destroy_process_group()
         if cause is error:
             raise
         raise cause from error

@@ -99,8 +99,7 @@ class MPConv(nn.Module):
         self.arrange = arrange
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
         self.folded: Tensor | None = None
-        # Whether forwards in training overwrite the stored weight; `forced_weights` changes it.
-        self.overwrites = True
+        self.forced = True  # whether training overwrites the stored weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, in]` or `[B, in, H, W]` to the same with `out` channels."""
@@ -121,7 +120,7 @@ class MPConv(nn.Module):
         """Normalise the weight, in training the stored one too, and arrange it for use."""
         over_inputs = tuple(range(1, self.weight.ndim))
         rms = None
-        if self.training and self.overwrites:
+        if self.training and self.forced:
             with torch.no_grad():
                 rms = root_mean_square(self.weight, over_inputs)
                 divisor = rms + EPS

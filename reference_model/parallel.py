@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from reference_model.configs import PARALLEL
 from reference_model.distributed import Processes
-from reference_model.forced_weights import normalize_stored, weights_kept
-from reference_model.mp_layers import MPConv
+from reference_model.forced_weights import forced_layers, normalize_stored, weights_kept
 from reference_model.precond import Denoiser
 
 
@@ -38,11 +37,12 @@ class Alone:
         self.net, self.processes = net, processes
         self.call: Any = net
         self.scale = processes.count
+        self.forced = forced_layers(net)
 
     @contextmanager
     def micro_batch(self, *, first: bool, last: bool) -> Iterator[None]:
         """Run the forward and backward pass of one of the micro-batches of a step inside."""
-        with weights_kept(self.net, keep=not first):
+        with weights_kept(self.forced, keep=not first):
             yield
 
     def finish(self) -> None:
@@ -101,15 +101,14 @@ class Sharded(Alone):
         for module in (*blocks, net):
             fully_shard(module, mesh=mesh, ignored_params=set(self.gains))
         # Forwards see gathered copies: overwriting those would not reach the rows that are kept.
-        for layer in net.modules():
-            if isinstance(layer, MPConv):
-                layer.overwrites = False
+        for layer in self.forced:
+            layer.forced = False
 
     @contextmanager
     def micro_batch(self, *, first: bool, last: bool) -> Iterator[None]:
         """As `Alone.micro_batch`; processes exchange gradients in the last."""
         if first:
-            normalize_stored(self.net)
+            normalize_stored(self.forced)
         self.call.set_requires_gradient_sync(last)
         with warnings.catch_warnings():
             # log variances are a view; nothing here writes to it
@@ -118,6 +117,8 @@ class Sharded(Alone):
 
     def finish(self) -> None:
         """Average the gradients of the gains."""
+        if not self.gains:
+            return
         together = torch.stack([p.grad for p in self.gains])
         dist.all_reduce(together)
         for gain, mean in zip(self.gains, together / self.processes.count, strict=True):

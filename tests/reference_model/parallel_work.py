@@ -27,7 +27,7 @@ from reference_model.train import accumulate_gradients, train
 TINY = replace(
     preset("digits-tiny"),
     batch_size=12,
-    total_nimg=10 * 12,
+    total_nimg=8 * 12,
     snapshot_nimg=4 * 12,
     checkpoint_nimg=3 * 12,
     stats_nimg=2 * 12,

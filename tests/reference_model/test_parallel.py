@@ -33,29 +33,37 @@ def stats(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-def assert_close_runs(a: Path, b: Path) -> None:
-    """Weights, statistics and snapshots agree up to what rounding grows to."""
+def assert_close_states(a: Path, b: Path) -> None:
+    """Weights, averages and statistics agree up to what rounding grows to."""
     first, second = load_checkpoint(a), load_checkpoint(b)
     assert first is not None
     assert second is not None
     assert first["nimg"] == second["nimg"]
-    pairs = [(first["net"], second["net"])]
-    pairs += list(zip(first["ema"]["averages"], second["ema"]["averages"], strict=True))
-    snapshots = [{(s.t, s.profile): s for s in SnapshotStore(r / "ema").list()} for r in (a, b)]
-    assert snapshots[0].keys() == snapshots[1].keys()
-    files = [{key: load_file(s.path) for key, s in kept.items()} for kept in snapshots]
-    pairs += [(files[0][key], files[1][key]) for key in files[0]]
-    for one, other in pairs:
-        assert one.keys() == other.keys()
-        for name in one:
-            # Ten steps of up to 0.03 from weights of about 1. Adam divides a gradient by its own
-            # size, so that where it is nearly 0 the rounding of sums (1e-7 of other gradients)
-            # decides about part of a step. A wrong image, mask or factor moves weights by 1e-2.
-            torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-3)
-            assert (other[name] - one[name]).square().mean().sqrt() < 1e-4
+    assert_close_tensors(first["net"], second["net"])
+    for one, other in zip(first["ema"]["averages"], second["ema"]["averages"], strict=True):
+        assert_close_tensors(one, other)
     for line, other in zip(stats(a), stats(b), strict=True):
         # Gradient norms and losses are sums over many weights and pixels, and differ less.
         assert other == pytest.approx(line, rel=1e-3)
+
+
+def assert_close_runs(a: Path, b: Path) -> None:
+    """So do the states of two runs, and all their snapshots."""
+    assert_close_states(a, b)
+    snapshots = [{(s.t, s.profile): s for s in SnapshotStore(r / "ema").list()} for r in (a, b)]
+    assert snapshots[0].keys() == snapshots[1].keys()
+    for key, snapshot in snapshots[0].items():
+        assert_close_tensors(load_file(snapshot.path), load_file(snapshots[1][key].path))
+
+
+def assert_close_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        # Eight steps of up to 0.03 from weights of about 1. Adam divides a gradient by its own
+        # size, so that where it is nearly 0 the rounding of sums (1e-7 of other gradients)
+        # decides about part of a step. A wrong image, mask or factor moves weights by 1e-2.
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-3)
+        assert (other[name] - one[name]).square().mean().sqrt() < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def test_comparison_of_gradients_can_fail(monkeypatch: pytest.MonkeyPatch) -> No
     """Twin: dropout drawn for batches, and weights normalised for each micro-batch, show."""
     expected = work.gradients(work.alone())
     with monkeypatch.context() as patch:
-        patch.setattr("reference_model.parallel.weights_kept", lambda net, keep: _nothing())
+        patch.setattr("reference_model.parallel.weights_kept", lambda layers, keep: _nothing())
         with pytest.raises(AssertionError):
             work.assert_close_gradients(work.gradients(work.alone(), at_once=5), expected)
     monkeypatch.setattr("reference_model.train.image_seeds", lambda net, seeds: _nothing())
@@ -174,3 +182,17 @@ def test_batch_must_be_divisible() -> None:
 def test_unknown_way_to_share_a_model() -> None:
     with pytest.raises(ValueError, match=r"parallel must be one of ddp, fsdp \(got 'dp'\)"):
         train(preset("digits-tiny"), "unused", progress=False, parallel="dp")
+
+
+def test_sharded_runs_go_on_in_any_number_of_processes(tmp_path: Path, straight: Path) -> None:
+    """From two shards to three, uneven both times, and to a whole."""
+    config = replace(TINY, snapshot_nimg=10**6, total_nimg=20 * 12)
+    run_dir = tmp_path / "run"
+    sharded = {"parallel": "fsdp", "micro_batch": 4}
+    run_ranks(2, work.train_part, tmp_path, config, {**sharded, "stop_at": 4 * 12})
+    assert {p.name for p in run_dir.glob("checkpoint*/*")} == {"1-of-2.pt", "2-of-2.pt"}
+    assert weights(run_dir).keys() == weights(straight).keys()
+    run_ranks(3, work.train_part, tmp_path, config, {**sharded, "stop_at": 7 * 12})
+    assert [p.name for p in run_dir.glob("checkpoint-*")] == ["checkpoint-84"]
+    train(config, run_dir, progress=False, stop_at=8 * 12)
+    assert_close_states(straight, run_dir)
