@@ -137,25 +137,23 @@ def save_checkpoint(
     Args:
         run_dir: Directory of the run.
         state: Tensors, numbers, strings and containers of them; with its images seen as `nimg`.
-        processes: All that call this together; `None`: this one alone.
+        processes: All that call this together, as they must where tensors are sharded; `None`:
+            this one alone.
     """
     run_dir = Path(run_dir)
     main, held = split(state)
-    if processes is None or (processes.is_first and not held):
-        write_atomically(run_dir / CHECKPOINT_FILE, lambda file: torch.save(main, file))
-    if processes is None or not held:
-        return
-    folder = f"{SHARDS}{state['nimg']}"
-    names = [f"{rank + 1}-of-{processes.count}.pt" for rank in range(processes.count)]
-    with processes.together():
-        (run_dir / folder).mkdir(exist_ok=True)
-        own = run_dir / folder / names[processes.rank]
-        write_atomically(own, lambda file: torch.save(held, file))
-    if processes.is_first:
+    folder = f"{SHARDS}{state.get('nimg')}"
+    if held and processes is not None:
+        names = [f"{rank + 1}-of-{processes.count}.pt" for rank in range(processes.count)]
+        with processes.together():
+            (run_dir / folder).mkdir(exist_ok=True)
+            own = run_dir / folder / names[processes.rank]
+            write_atomically(own, lambda file: torch.save(held, file))
         main["shards"] = [f"{folder}/{name}" for name in names]
+    if processes is None or processes.is_first:
         write_atomically(run_dir / CHECKPOINT_FILE, lambda file: torch.save(main, file))
         for old in run_dir.glob(f"{SHARDS}*"):
-            if old.name != folder:
+            if not (held and old.name == folder):
                 shutil.rmtree(old)
 
 

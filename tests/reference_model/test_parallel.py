@@ -196,3 +196,4 @@ def test_sharded_runs_go_on_in_any_number_of_processes(tmp_path: Path, straight:
     assert [p.name for p in run_dir.glob("checkpoint-*")] == ["checkpoint-84"]
     train(config, run_dir, progress=False, stop_at=8 * 12)
     assert_close_states(straight, run_dir)
+    assert not list(run_dir.glob("checkpoint-*"))
