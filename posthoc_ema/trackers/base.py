@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from posthoc_ema.boxes import Box
 from posthoc_ema.errors import StructureError
@@ -17,6 +17,9 @@ FLOATING = frozenset(
     {"F64", "F32", "F16", "BF16", "C64", "C128"}
     | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"}
 )
+T = TypeVar("T")
+R = TypeVar("R")
+
 CHUNK = 1 << 20
 """Elements handed to the snapshot writer at once."""
 
@@ -97,6 +100,27 @@ def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+class Ranks(Protocol):
+    """Processes that hold shards of one model, and write snapshots together."""
+
+    @property
+    def number(self) -> int:
+        """Number of this process among them, from 0 on."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What the first process gets from some work, in all of them; or its error."""
+
+    def together(self, work: Callable[[], T], then: Callable[[list[T]], R]) -> R:
+        """All work, the first goes on with what they got, and all get what comes out.
+
+        An error in any process is raised in all of them.
+        """
+
+
 class Tracker(ABC):
     """Averages of one model's tensors, one set for each track.
 
@@ -104,7 +128,11 @@ class Tracker(ABC):
         framework: Name of the framework.
         specs: Tensors in the model's order.
         aliases: Tied names, each with the name that is tracked.
+        ranks: The processes that each hold a part of the tensors, once :meth:`connect` was
+            called; None if this one holds all.
     """
+
+    ranks: Ranks | None = None
 
     framework: str
     specs: list[TensorSpec]
@@ -114,6 +142,10 @@ class Tracker(ABC):
     def averaged(self) -> list[TensorSpec]:
         """Tensors that are averaged."""
         return [spec for spec in self.specs if spec.averaged]
+
+    def connect(self) -> None:
+        """Get ready to write snapshots with other processes, if they hold parts; all call it."""
+        self.ranks = None
 
     @abstractmethod
     def check(self, model: Any) -> None:
@@ -162,11 +194,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def average_sources(self, track: int) -> list[AverageSource]:
-        """The averages of one track on their way to a file."""
+        """What this process shall write of the averages of one track."""
 
     @abstractmethod
     def copy_sources(self) -> list[CopySource]:
-        """Buffers and integer tensors as they are now."""
+        """What it shall write of buffers and integer tensors, as they are now."""
 
     @abstractmethod
     def assemble(self, averages: Mapping[str, Any]) -> Any:
