@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from posthoc_ema import SnapshotStore
+from posthoc_ema import SnapshotStore, reconstruct
 from reference_model.checkpoint import load_checkpoint
 from reference_model.configs import AVAILABLE
 from reference_model.presets import preset
@@ -50,10 +51,12 @@ def assert_close_states(a: Path, b: Path) -> None:
 def assert_close_runs(a: Path, b: Path) -> None:
     """So do the states of two runs, and all their snapshots."""
     assert_close_states(a, b)
-    snapshots = [{(s.t, s.profile): s for s in SnapshotStore(r / "ema").list()} for r in (a, b)]
-    assert snapshots[0].keys() == snapshots[1].keys()
-    for key, snapshot in snapshots[0].items():
-        assert_close_tensors(load_file(snapshot.path), load_file(snapshots[1][key].path))
+    folders = [run_dir / "ema" for run_dir in (a, b)]
+    kept = [sorted({(s.t, s.profile.sigma_rel) for s in SnapshotStore(f).list()}) for f in folders]
+    assert kept[0] == kept[1]
+    for t, sigma_rel in kept[0]:
+        one, other = (reconstruct(f, sigma_rel, t=t, framework="torch") for f in folders)
+        assert_close_tensors(one.state_dict(), other.state_dict())
 
 
 def assert_close_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -184,16 +187,43 @@ def test_unknown_way_to_share_a_model() -> None:
         train(preset("digits-tiny"), "unused", progress=False, parallel="dp")
 
 
+@pytest.mark.slow
+def test_four_shards_train_as_one_process(tmp_path: Path, straight: Path) -> None:
+    """Some hold nothing of a weight; a signal to one stops all."""
+    run_ranks(4, work.stop_part, tmp_path, "fsdp")
+    run_ranks(4, work.train_part, tmp_path, TINY, {"parallel": "fsdp"})
+    assert_close_runs(straight, tmp_path / "run")
+
+
 def test_sharded_runs_go_on_in_any_number_of_processes(tmp_path: Path, straight: Path) -> None:
     """From two shards to three, uneven both times, and to a whole."""
-    config = replace(TINY, snapshot_nimg=10**6, total_nimg=20 * 12)
     run_dir = tmp_path / "run"
     sharded = {"parallel": "fsdp", "micro_batch": 4}
-    run_ranks(2, work.train_part, tmp_path, config, {**sharded, "stop_at": 4 * 12})
+    run_ranks(2, work.train_part, tmp_path, TINY, {**sharded, "stop_at": 4 * 12})
     assert {p.name for p in run_dir.glob("checkpoint*/*")} == {"1-of-2.pt", "2-of-2.pt"}
     assert weights(run_dir).keys() == weights(straight).keys()
-    run_ranks(3, work.train_part, tmp_path, config, {**sharded, "stop_at": 7 * 12})
+    run_ranks(3, work.train_part, tmp_path, TINY, {**sharded, "stop_at": 7 * 12})
     assert [p.name for p in run_dir.glob("checkpoint-*")] == ["checkpoint-84"]
-    train(config, run_dir, progress=False, stop_at=8 * 12)
-    assert_close_states(straight, run_dir)
+    train(TINY, run_dir, progress=False)
+    assert_close_runs(straight, run_dir)
     assert not list(run_dir.glob("checkpoint-*"))
+
+
+def torchrun(number: int, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(number), "-m", "reference_model", "train"]
+    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_reports_a_misuse_once(tmp_path: Path) -> None:
+    options = ["--preset", "digits-tiny", "--run-dir", str(tmp_path / "run"), "--threads", "1"]
+    options += ["--batch-size", "12", "--total-nimg", "48", "--quiet"]
+    done = torchrun(2, *options, "--micro-batch", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Finished after 48 of 48 images.\n"
+    assert "Warning" not in done.stderr
+    refused = torchrun(5, *options[:2], "--run-dir", str(tmp_path / "other"), *options[4:])
+    assert refused.returncode == 1
+    assert refused.stderr.count("Error: batch_size 12 cannot be divided among 5 processes") == 1
+    assert not (tmp_path / "other").exists()
