@@ -152,8 +152,6 @@ class Sinusoid(nn.Module):
         Vaswani et al. 2017, arXiv:1706.03762, Sec. 3.5, as used by ADM.
     """
 
-    freqs: Tensor
-
     def __init__(self, features: int) -> None:
         super().__init__()
         if features % 2:
@@ -161,14 +159,12 @@ class Sinusoid(nn.Module):
                 f"cosines and sines come in pairs: the noise features must be even in number "
                 f"(got {features}); change model_channels or channel_mult_noise"
             )
-        half = features // 2
-        # Follows from the width: not saved.
-        exponents = torch.arange(half, dtype=torch.float64) / half
-        self.register_buffer("freqs", (10_000.0**-exponents).float(), persistent=False)
+        self.half = features // 2
 
     def forward(self, a: Tensor) -> Tensor:
         """Map `[B]` to `[B, features]`."""
-        angle = torch.outer(a, self.freqs.to(a.dtype))
+        exponents = torch.arange(self.half, dtype=a.dtype, device=a.device) / self.half
+        angle = torch.outer(a, 10_000.0**-exponents)
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
