@@ -21,6 +21,7 @@ from reference_model.cli_support import (
     threads_option,
 )
 from reference_model.configs import DIGITS, PARALLEL, NetworkConfig, TrainConfig
+from reference_model.ladder import leave_out, with_config
 from reference_model.presets import PRESETS, preset
 
 
@@ -76,8 +77,14 @@ def given_fields(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
-    """Replace the fields for which an option was given, those of the network included."""
+    """Replace the fields for which an option was given, those of the network included.
+
+    Another rung of the ladder than the config's replaces all habits in which they differ.
+    """
     given = given_fields(overrides)
+    # A rung of the ladder brings its own habits; what is given explicitly comes on top.
+    config = with_config(config, given.pop("config", config.network.config))
+    config = leave_out(config, given.pop("leave_out", config.network.leave_out))
     for name in ("data", "vae"):
         value = given.get(name)
         if value and value != DIGITS and Path(value).exists():
@@ -136,7 +143,9 @@ def train(
 ) -> None:
     """Train a network, or continue a run that was stopped.
 
-    A new run needs --preset; every other option replaces one value of it. To continue a run,
+    A new run needs --preset; every other option replaces one value of it, but for --config,
+    which brings the whole set of habits of that rung of the paper's ladder. --leave-out builds a
+    config without some of its ingredients, as in an ablation. To continue a run,
     give its --run-dir alone: it remembers its options, and ends with the same weights as if it
     had never stopped. SIGTERM and Ctrl-C save before they stop it. Where the data has moved, give
     --data once: it is checked to be the same.

@@ -22,8 +22,8 @@ from reference_model.precond import Denoiser
 from reference_model.presets import preset
 from reference_model.train import accumulate_gradients, train
 
-# Twelve images can be divided among one, two, three, four and six processes. The width makes rows
-# uneven over two and three; dropout, so that its masks matter.
+# Twelve images can be divided among one, two, three, four and six processes. Ten rows are uneven
+# over three and four. With dropout, so that its masks matter.
 TINY = replace(
     preset("digits-tiny"),
     batch_size=12,
@@ -33,20 +33,25 @@ TINY = replace(
     stats_nimg=2 * 12,
     network=replace(
         preset("digits-tiny").network,
-        model_channels=7,
+        model_channels=10,
         channel_mult=(1, 2),
-        channels_per_head=7,
+        channels_per_head=10,
         dropout=0.2,
     ),
 )
 
 
 def gradients(
-    processes: Processes, parallel: str = "ddp", at_once: int = 12, spoil: bool = False
+    processes: Processes,
+    parallel: str = "ddp",
+    at_once: int = 12,
+    *,
+    spoil: bool = False,
+    config: str = "G",
 ) -> tuple[dict[str, Tensor], float, float, int]:
     """Whole gradients of one step in float64, the mean loss, their norm, and bad numbers."""
     torch.manual_seed(0)
-    net = Denoiser(TINY.network).double().train()
+    net = Denoiser(replace(TINY.network, config=config)).double().train()
     with torch.no_grad():  # away from the start, where gains of zero hide most gradients
         for p in net.parameters():
             if p.ndim == 0:
