@@ -80,9 +80,12 @@ def alone() -> Processes:
     return Processes(torch.device("cpu"))
 
 
-def compare_gradients(rank: int, number: int, folder: Path, parallel: str, at_once: int) -> None:
+def compare_gradients(
+    rank: int, number: int, folder: Path, parallel: str, at_once: int, config: str
+) -> None:
     group = Processes(torch.device("cpu"), rank, number, torch.distributed.group.WORLD)
-    assert_close_gradients(gradients(group, parallel, at_once), gradients(alone()))
+    found = gradients(group, parallel, at_once, config=config)
+    assert_close_gradients(found, gradients(alone(), config=config))
 
 
 def compare_bad_gradients(rank: int, number: int, folder: Path, parallel: str) -> None:

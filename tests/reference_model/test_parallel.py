@@ -103,9 +103,20 @@ def _nothing() -> Any:
     return nullcontext()
 
 
-@pytest.mark.parametrize(("parallel", "number"), [("ddp", 2), ("fsdp", 3)])
-def test_gradients_do_not_depend_on_processes(tmp_path: Path, parallel: str, number: int) -> None:
-    run_ranks(number, work.compare_gradients, tmp_path, parallel, 3)
+@pytest.mark.parametrize(
+    ("parallel", "number", "config"),
+    [
+        ("ddp", 2, "G"),
+        ("fsdp", 3, "G"),
+        pytest.param("ddp", 3, "A", marks=pytest.mark.slow),
+        pytest.param("fsdp", 2, "A", marks=pytest.mark.slow),
+        pytest.param("fsdp", 3, "D", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_do_not_depend_on_processes(
+    tmp_path: Path, parallel: str, number: int, config: str
+) -> None:
+    run_ranks(number, work.compare_gradients, tmp_path, parallel, 3, config)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
