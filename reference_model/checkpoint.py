@@ -182,7 +182,7 @@ def load_checkpoint(
             shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:
         raise RunDirError(
-            f"{path} cannot be read ({error}); remove it to train from the start"
+            f"{path} cannot be read ({error}); remove {CHECKPOINT_FILE} to train from the start"
         ) from error
     if shards:
         state = join(state, shards)

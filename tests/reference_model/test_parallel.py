@@ -119,7 +119,7 @@ def test_gradients_do_not_depend_on_processes(
     run_ranks(number, work.compare_gradients, tmp_path, parallel, 3, config)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_bad_gradients_of_one_process_are_zeroed_in_all(tmp_path: Path, parallel: str) -> None:
     run_ranks(2, work.compare_bad_gradients, tmp_path, parallel)
 
@@ -169,7 +169,7 @@ def test_signal_to_one_process_stops_all_after_one_step(straight: Path, tmp_path
     assert_close_runs(straight, tmp_path / "run")
 
 
-@pytest.mark.parametrize("how", ["error", "kill"])
+@pytest.mark.parametrize("how", ["error", pytest.param("kill", marks=pytest.mark.slow)])
 def test_failure_of_one_process_ends_all(tmp_path: Path, how: str) -> None:
     """None hangs, and the last checkpoint stays."""
     with pytest.raises(AssertionError) as caught:
