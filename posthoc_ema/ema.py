@@ -13,11 +13,12 @@ from typing import Any
 from posthoc_ema.encoding import check_encoding
 from posthoc_ema.errors import NonFiniteError, StateError, StructureError
 from posthoc_ema.profiles import Profile, as_profile, profile_from_dict
-from posthoc_ema.schedule import Every, Schedule, ThinningSchedule, update_weight
+from posthoc_ema.recording import Moment, Recorder
+from posthoc_ema.schedule import Every, Schedule, update_weight
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
 from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.trackers.base import Selection, Tracker
-from posthoc_ema.trackers.pick import is_writer, make_tracker
+from posthoc_ema.trackers.pick import make_tracker
 
 STATE_VERSION = 1
 NONFINITE = ("ignore", "skip", "raise")
@@ -59,6 +60,11 @@ class EMA:
             snapshots are refused from then on), ``"skip"`` leaves that update out and counts it
             in :attr:`skipped`, ``"raise"`` stops. The last two read all weights once more at
             each update and wait for the GPU.
+        background: Write snapshots that fall due in a thread, from a copy of the averages in the
+            memory of the CPU: the step waits for the copy alone. One at most is on its way, the
+            next one waits for it. An error is raised by the next :meth:`update` (of sharded
+            weights: by that which writes the next one), :meth:`snapshot` or :meth:`close`; the
+            program does not end before the last one is on disk.
 
     Example:
         >>> import numpy as np
@@ -87,6 +93,7 @@ class EMA:
         device: Any = None,
         unit: str = "steps",
         nonfinite: str = "ignore",
+        background: bool = False,
     ) -> None:
         listed: Any = sigma_rel if isinstance(sigma_rel, Iterable) else [sigma_rel]
         self._profiles = [as_profile(value) for value in listed]
@@ -100,9 +107,12 @@ class EMA:
             raise ValueError("every and schedule say when to write snapshots: give snapshots= too")
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)} (got {nonfinite!r})")
-        self._schedule = Every(every) if every is not None else schedule
-        self._store = SnapshotStore(snapshots) if snapshots is not None else None
-        self._encoding = check_encoding(encoding)
+        schedule = Every(every) if every is not None else schedule
+        check_encoding(encoding)
+        self._recorder: Recorder | None = None
+        if snapshots is not None:
+            store = SnapshotStore(snapshots)
+            self._recorder = Recorder(store, schedule, encoding, self._profiles, background)
         self._select = Selection.of(include, exclude)
         self._device, self._unit, self._nonfinite = device, unit, nonfinite
         self.skipped = 0
@@ -113,9 +123,7 @@ class EMA:
         self._t_first: float = 0
         self._clock: float = 0  # like t, but skipped updates count
         self._counts_steps: bool | None = None
-        self._handled: float = 0  # up to where due snapshots are on disk
-        self._written: list[Snapshot] = []  # at the last such time
-        self._claimed = self._swapped = False
+        self._swapped = False
         self._tracker: Tracker | None = None
         self._pending: list[dict[str, Any]] | None = None
 
@@ -132,17 +140,40 @@ class EMA:
     @property
     def store(self) -> SnapshotStore | None:
         """The snapshots, if any are kept."""
-        return self._store
+        return None if self._recorder is None else self._recorder.store
 
     def __repr__(self) -> str:
-        return f"EMA({self._profiles}, t={self._t} {self._unit}, snapshots={self._store})"
+        return f"EMA({self._profiles}, t={self._t} {self._unit}, snapshots={self.store})"
+
+    def bind(self, model: Any) -> None:
+        """Bind to the model before the first update, which else does it.
+
+        Only where a checkpoint is loaded into tensors that must be there already:
+        :meth:`state_dict` then has averages (zeros) in the form of the model, into which
+        ``torch.distributed.checkpoint`` loads, cut as this number of processes needs them.
+
+        Args:
+            model: As given to :meth:`update`.
+
+        Raises:
+            StructureError: If it cannot be tracked, or does not fit averages that were loaded.
+
+        Example:
+            >>> ema.bind(model)  # doctest: +SKIP
+            >>> dcp.load({"model": model_state, "ema": ema}, checkpoint_id=path)  # doctest: +SKIP
+        """
+        if self._tracker is None:
+            self._bind(model)
+        else:
+            self._tracker.check(model)
 
     def update(self, model: Any, t: float | None = None) -> None:
         """Take the weights into the averages; call after each optimiser step.
 
         Args:
-            model: A ``torch.nn.Module`` (plain, compiled or data-parallel), a mapping from
-                names to arrays of numpy, torch or JAX, or a JAX pytree.
+            model: A ``torch.nn.Module`` (plain, compiled, data-parallel, or sharded: FSDP2 and
+                other DTensors), a mapping from names to arrays of numpy, torch or JAX, or a JAX
+                pytree.
             t: Training time, in any unit, strictly increasing; by default the number of calls.
                 The decay follows from it, so any interval between updates is exact.
 
@@ -158,13 +189,10 @@ class EMA:
         if self._swapped:
             raise StateError("update was called inside applied(): the model holds averages")
         t, counts_steps = self._next_time(t)
-        if self._tracker is None:
-            self._bind(model)
-        else:
-            self._tracker.check(model)
+        self.bind(model)
         tracker = self._bound()
-        if self._store is not None and not self._claimed:
-            self._claim(self._t)
+        if self._recorder is not None:
+            self._recorder.claim(self._identity(), self._t, tracker.ranks)
 
         if self._nonfinite != "ignore" and not tracker.is_finite():
             if self._nonfinite == "raise":
@@ -178,8 +206,11 @@ class EMA:
         self._counts_steps = counts_steps
         if first:
             self._t_first = t
-        if self._schedule is not None and self._schedule.due(self._handled, t):
-            self.snapshot()
+        if self._recorder is not None:
+            if self._recorder.due(t, tracker.ranks):
+                self._recorder.record(self._moment())
+            else:
+                self._recorder.raise_error(tracker.ranks)
 
     def snapshot(self) -> list[Snapshot]:
         """Write a snapshot of every track now, durable when this returns.
@@ -191,7 +222,7 @@ class EMA:
             StateError: If there is no folder, or no update yet.
             SnapshotError, SnapshotWriteError: As :meth:`update`.
         """
-        if self._store is None:
+        if self._recorder is None:
             raise StateError("this EMA keeps no snapshots; give EMA(snapshots=folder)")
         if self._pending is not None:
             raise StateError(
@@ -199,32 +230,20 @@ class EMA:
             )
         tracker = self._bound()
         self._require_update()
-        if not self._claimed:
-            self._claim(self._t)
-        if not is_writer():
+        self._recorder.close()
+        self._recorder.claim(self._identity(), self._t, tracker.ranks)
+        if not self._recorder.writes(tracker.ranks):
             return []
-        run = self._identity()
-        self._store.check_unchanged(self._written)
-        present = {s.profile for s in self._store.scan()[0] if s.t == self._t}
-        if self._handled != self._t:
-            # Neither written here nor found on resuming: let the store say that there are two
-            # writers, but for tracks that got onto disk before an error.
-            present &= {s.profile for s in self._written if s.t == self._t}
-        copies = tracker.copy_sources()
-        self._written = [s for s in self._written if s.t == self._t]
-        written = []
-        for track, profile in enumerate(self._profiles):
-            if profile in present:
-                continue
-            sources = tracker.average_sources(track)
-            snapshot = self._store.write(
-                run, self._t, profile, sources, copies, tracker.aliases, self._encoding
-            )
-            written.append(snapshot)
-            self._written.append(snapshot)
-        self._handled = self._t
-        self._thin()
-        return written
+        return self._recorder.write(self._moment())
+
+    def close(self) -> None:
+        """Wait until what the background writes is on disk; the EMA can go on being used.
+
+        Raises:
+            SnapshotError, SnapshotWriteError: If it could not be written.
+        """
+        if self._recorder is not None:
+            self._recorder.close()
 
     def average(self, sigma_rel: float | Profile | None = None) -> Any:
         """A copy of one track's averages, in the form of the model.
@@ -284,10 +303,14 @@ class EMA:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, for the training checkpoint: copies, plain data.
 
-        ``torch.load(weights_only=True)`` reads it; nothing refers to this library's classes.
+        ``torch.load(weights_only=True)`` reads it; nothing refers to this library's classes. Of
+        sharded weights (DTensor) each process gets its own shards, as DTensors, without
+        communication: save them with ``torch.distributed.checkpoint``.
         """
+        if self._recorder is not None:
+            self._recorder.wait()  # whoever resumes from this counts on what was due
         averages: list[dict[str, Any]] = []
-        if self._tracker is not None and self._t:
+        if self._tracker is not None:
             tracker = self._tracker
             averages = [
                 {spec.name: tracker.average(track, spec.name) for spec in tracker.averaged}
@@ -343,11 +366,12 @@ class EMA:
         # Copies: the state stays the caller's own, whatever becomes of these.
         averages = [{n: copy(v) for n, v in track.items()} for track in state["averages"]]
         t = _number(state["t"])
-        if len(averages) != (len(profiles) if t else 0):
+        if len(averages) not in ({len(profiles)} if t else {0, len(profiles)}):
             raise ValueError(
                 f"the state at t={t} has averages of {len(averages)} tracks, expected "
                 f"{len(profiles) if t else 0}; it is incomplete"
             )
+        averages = averages if t else []  # those before the first update mean nothing
         if self._tracker is not None and averages:
             self._load_into(self._tracker, averages)
         else:
@@ -358,7 +382,8 @@ class EMA:
         counts_steps = state["counts_steps"]
         self._counts_steps = None if counts_steps is None else bool(counts_steps)
         self.skipped = int(state["skipped"])
-        self._handled, self._claimed = self._t, False
+        if self._recorder is not None:
+            self._recorder.resume(self._t)
 
     def _next_time(self, t: float | None) -> tuple[float, bool]:
         counts_steps = t is None
@@ -384,50 +409,24 @@ class EMA:
         if self._pending is not None:
             self._load_into(tracker, self._pending)
             self._pending = None
+        if self._recorder is not None:
+            tracker.connect()
+            if tracker.ranks is not None:
+                self._run_id = tracker.ranks.first(lambda: self._run_id)
         self._tracker = tracker
 
     def _load_into(self, tracker: Tracker, averages: Sequence[Mapping[str, Any]]) -> None:
-        expected = {spec.name: spec.shape for spec in tracker.averaged}
         for values in averages:  # all, before the first is touched
-            found = {name: tuple(value.shape) for name, value in values.items()}
-            if found != expected:
-                wrong = sorted(
-                    name for name in {*found, *expected} if found.get(name) != expected.get(name)
-                )
-                raise StructureError(
-                    f"the state's averages do not fit the model: {wrong[0]} has shape "
-                    f"{found.get(wrong[0], 'none')} in the state and "
-                    f"{expected.get(wrong[0], 'none')} in the model ({len(wrong)} such names)"
-                )
+            tracker.check_loadable(values)
         for track, values in enumerate(averages):
             for name, value in values.items():
                 tracker.load(track, name, value)
 
-    def _claim(self, t: float) -> None:
-        if self._store is not None and is_writer():
-            self._store.claim(self._identity(), t)
-        self._claimed = True
-
-    def _thin(self) -> None:
-        """Delete what the schedule does not keep: this run's own, up to the present time."""
-        if self._store is None or not isinstance(self._schedule, ThinningSchedule):
-            return
-        own = [
-            s
-            for s in self._store.scan()[0]
-            if s.run.run_id == self._run_id and s.profile in self._profiles and s.t <= self._t
-        ]
-        # The newest, just written, is what makes the others dispensable.
-        kept = {*self._schedule.keep(sorted({s.t for s in own}), self._t), self._t}
-        doomed = [s for s in own if s.t not in kept]
-        if doomed:
-            self._store.delete(doomed)
-            # Those stored as differences from deleted ones were written once more.
-            mine = {s.path for s in self._written}
-            self._written = [s for s in self._store.scan()[0] if s.path in mine]
-
     def _identity(self) -> RunIdentity:
         return RunIdentity(self._run_id, self._unit, self._bound().framework, self._t_first)
+
+    def _moment(self) -> Moment:
+        return Moment.of(self._bound(), self._profiles, self._identity(), self._t)
 
     def _track(self, sigma_rel: float | Profile | None) -> int:
         if sigma_rel is None:

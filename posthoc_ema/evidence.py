@@ -13,6 +13,7 @@ from posthoc_ema.chain import is_residual, with_inputs
 from posthoc_ema.encoding import all_finite, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.movement import Movement, fit_movement, informative
+from posthoc_ema.reading import Reader
 from posthoc_ema.snapshot_file import Snapshot
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def sample_weights(
 
 
 def _read_pieces(
-    snapshot: Snapshot, file: int, pieces: Sequence[tuple[str, int, int]], row: NDArray[Any]
+    snapshot: Snapshot, file: Reader, pieces: Sequence[tuple[str, int, int]], row: NDArray[Any]
 ) -> None:
     """Fill a row with pieces of a file, each of a tensor's elements from one on."""
     entries = [snapshot.entries[name] for name, _, _ in pieces]
@@ -198,7 +199,7 @@ def _read_pieces(
             places.append((entries[k].offset + stored_size(dtype, first), size, bytes_))
             size += bytes_
         raw = np.empty(size, np.uint8)
-        _read_places(snapshot, file, sorted(places), raw)
+        _read_places(file, sorted(places), raw)
         if not all_finite(raw, dtype):
             snapshot.verify()  # damage shall be called damage
             bad = next(
@@ -225,7 +226,7 @@ def _read_pieces(
 
 
 def _read_places(
-    snapshot: Snapshot, file: int, places: Sequence[tuple[int, int, int]], out: NDArray[np.uint8]
+    file: Reader, places: Sequence[tuple[int, int, int]], out: NDArray[np.uint8]
 ) -> None:
     """Read (offset in the file, place in ``out``, bytes); those close to each other in one go."""
     k = 0
@@ -238,10 +239,10 @@ def _read_places(
             stop, together = offset + size, together + 1
         if together == k + 1:
             _, at, size = places[k]
-            snapshot.read_bytes(file, start, out[at : at + size])
+            file.read(start, out[at : at + size])
         else:
             buffer = np.empty(stop - start, np.uint8)
-            snapshot.read_bytes(file, start, buffer)
+            file.read(start, buffer)
             for offset, at, size in places[k:together]:
                 out[at : at + size] = buffer[offset - start : offset - start + size]
         k = together

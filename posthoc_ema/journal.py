@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from posthoc_ema.tensorfile import sync_directory, write_text_atomically
 
@@ -21,24 +22,35 @@ JOURNAL = ".rewritten.json"
 """What is to be done."""
 
 
-def exchange(folder: Path, going: Sequence[str], new: Sequence[str]) -> None:
-    """Delete files, and put those prepared in their places.
+def exchange(
+    folder: Path,
+    going: Sequence[str],
+    new: Sequence[str],
+    moving: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Delete files, put those prepared in their places, and move others.
 
     Args:
         folder: Where.
-        going: Names of files to delete.
+        going: Names of files to delete, in this order.
         new: Names of files prepared in :data:`REWRITTEN`.
+        moving: Names of files to move, and those they shall have.
     """
     journal = folder / JOURNAL
-    if new:
-        write_text_atomically(journal, json.dumps({"delete": list(going), "replace": list(new)}))
+    if new or moving:
+        work = {"delete": list(going), "replace": list(new), "move": dict(moving)}
+        write_text_atomically(journal, json.dumps(work))
     for name in new:
         source = folder / REWRITTEN / name
         if source.exists():  # else it was exchanged before a kill
             os.replace(source, folder / name)
     for name in going:
         (folder / name).unlink(missing_ok=True)
-    sync_directory(folder)
+    for name, place in moving.items():
+        if (folder / name).exists():
+            os.replace(folder / name, folder / place)
+    for changed in {folder, *((folder / place).parent for place in moving.values())}:
+        sync_directory(changed)
     journal.unlink(missing_ok=True)
     shutil.rmtree(folder / REWRITTEN, ignore_errors=True)
 
@@ -48,6 +60,6 @@ def recover(folder: Path) -> None:
     journal = folder / JOURNAL
     if journal.exists():
         work = json.loads(journal.read_text(encoding="utf-8"))
-        exchange(folder, work["delete"], work["replace"])
+        exchange(folder, work["delete"], work["replace"], work.get("move", {}))
     elif (folder / REWRITTEN).exists():
         shutil.rmtree(folder / REWRITTEN, ignore_errors=True)

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.blocks import BITS, BLOCK, block_bytes
-from posthoc_ema.encoding import (
-    Digest,
-    as_numpy,
-    block_bits,
-    bytes_digest,
-    decode_into,
-)
+from posthoc_ema.encoding import as_numpy, block_bits, decode_into
 from posthoc_ema.errors import (
     CorruptSnapshotError,
     ForeignSnapshotError,
@@ -30,19 +22,26 @@ from posthoc_ema.errors import (
     SnapshotError,
     SnapshotVersionError,
 )
+from posthoc_ema.parts import Part, Parts, joined_entries
 from posthoc_ema.profiles import Profile, profile_from_dict
-from posthoc_ema.tensorfile import (
-    TensorEntry,
-    canonical_json,
-    read_header,
-    read_range,
-)
+from posthoc_ema.reading import Check, FileCheck, Reader, open_file
+from posthoc_ema.tensorfile import TensorEntry, header_digest, read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
+PARTS_VERSION = 2
+"""Of snapshots in several files, which readers of version 1 would find empty."""
 _AVERAGE_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Place of a box in a tensor: that of its first element, and the shape of the whole."""
+
+    offsets: tuple[int, ...]
+    whole: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class AverageSource:
         kept: ``"F32"`` or ``"F64"``: the precision of the average in memory.
         dtype: Safetensors name of the model's own type.
         chunks: Yields the values in order, as contiguous 1-D arrays of the kept type.
+        part: If this is a part of a tensor: its place there.
     """
 
     name: str
@@ -62,16 +62,18 @@ class AverageSource:
     kept: str
     dtype: str
     chunks: Callable[[], Iterable[NDArray[Any]]]
+    part: PartOf | None = None
 
 
 @dataclass(frozen=True)
 class CopySource:
-    """A buffer or integer tensor, copied as it is: its bytes, type and shape."""
+    """A buffer or integer tensor (or a part of one), copied as it is: its bytes, type and shape."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     data: NDArray[np.uint8]
+    part: PartOf | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,12 @@ class Snapshot:
         digests: Of the averages and of the copies.
         entries: All tensors of the file, in the order of its bytes; averages of a block type are
             what remains after a prediction.
-        nbytes: Size of the file; of a refinement, and what it refines.
+        nbytes: Size of the file and its parts; of a refinement, and what it refines.
         rewrites: How often pruning wrote it once more.
         refines: Whether it holds what the rounding of another took: the same average, finer.
         links: From which snapshots it was predicted.
         inputs: The same as (coefficient, snapshot), once the store found them.
+        parts: The files that hold its tensors, if several processes wrote it.
     """
 
     path: Path
@@ -144,6 +147,7 @@ class Snapshot:
     refines: bool = False
     links: tuple[Link, ...] = ()
     inputs: tuple[tuple[float, Snapshot], ...] = field(default=(), compare=False, repr=False)
+    parts: Parts | None = field(default=None, compare=False, repr=False)
 
     @property
     def copies(self) -> tuple[str, ...]:
@@ -158,7 +162,9 @@ class Snapshot:
     @property
     def files(self) -> tuple[Path, ...]:
         """All that hold it, but for what it was predicted from."""
-        return (self.path,) if self.base is None else (self.base.path, self.path)
+        if self.base is not None:
+            return (*self.base.files, self.path)
+        return (self.path, *(self.parts.paths if self.parts else ()))
 
     @classmethod
     def open(cls, path: str | Path) -> Snapshot:
@@ -182,10 +188,15 @@ class Snapshot:
                 f"{path} is a safetensors file but no snapshot of posthoc_ema; "
                 "move it out of the snapshot folder"
             )
-        if data["format_version"] != FORMAT_VERSION:
+        if data["format_version"] not in (FORMAT_VERSION, PARTS_VERSION):
             raise SnapshotVersionError(
                 f"{path} has format version {data['format_version']}, this library reads "
-                f"{FORMAT_VERSION}; upgrade posthoc-ema"
+                f"{FORMAT_VERSION} and {PARTS_VERSION}; upgrade posthoc-ema"
+            )
+        if "boxes" in data:
+            raise ForeignSnapshotError(
+                f"{path} is the part of a snapshot that one process wrote; its place is the "
+                "subfolder 'parts' of the snapshot folder"
             )
         try:
             if data["digest"]["header"] != header_digest(data, header.entries.values()):
@@ -194,10 +205,16 @@ class Snapshot:
                 name: _block_entry(entry, data["blocks"][name]) if name in data["blocks"] else entry
                 for name, entry in header.entries.items()
             }
+            nbytes, parts = path.stat().st_size, None
+            if data["format_version"] == PARTS_VERSION:
+                own, entries = entries, {**entries, **joined_entries(data["tensors"], nbytes)}
+                listed = [Part(*part) for part in data["parts"]]
+                parts = Parts(path, listed, own, entries, data["digest"])
+                nbytes += sum(part.nbytes for part in listed)
             for name, _ in data["averages"]:
                 if name not in data["blocks"] and entries[name].dtype not in _AVERAGE_DTYPES:
                     raise ValueError(f"{name} has type {entries[name].dtype}")
-            return cls(
+            found = cls(
                 path=path,
                 t=data["t"],
                 profile=profile_from_dict(data["profile"]),
@@ -208,15 +225,19 @@ class Snapshot:
                 statistics=data["statistics"],
                 digests=data["digest"],
                 entries=entries,
-                nbytes=path.stat().st_size,
+                nbytes=nbytes,
                 rewrites=data["rewrites"],
                 refines=data["refines"],
                 links=tuple(Link(*link) for link in data["prediction"]),
+                parts=parts,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptSnapshotError(
                 f"{path} has a damaged header ({error}); restore it from a copy, or delete it"
             ) from error
+        if parts is not None:
+            parts.check_present()
+        return found
 
     def read(self, name: str) -> NDArray[Any]:
         """One tensor: averages as float32 (float64 if kept so), copies in their own type."""
@@ -253,7 +274,7 @@ class Snapshot:
     def _raw(self, entry: TensorEntry) -> NDArray[np.uint8]:
         raw = np.empty(entry.nbytes, np.uint8)
         with self.opened() as file:
-            self.read_bytes(file, entry.offset, raw)
+            file.read(entry.offset, raw)
         return raw
 
     def copy_sources(self) -> list[CopySource]:
@@ -262,13 +283,14 @@ class Snapshot:
         Raises:
             CorruptSnapshotError: If a byte changed or is missing.
         """
-        copies, digest = [], Digest(self.section_size("copies"))
+        copies, check = [], self.check("copies")
+        offsets = self.section_offsets("copies")
         for name in self.copies:
             entry = self.entries[name]
             raw = self._raw(entry)
-            digest.update(raw)
+            check.add(offsets[name], raw)
             copies.append(CopySource(name, entry.shape, entry.dtype, raw))
-        self.check_digest("copies", digest)
+        check.finish()
         return copies
 
     def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> None:
@@ -279,83 +301,33 @@ class Snapshot:
         """
         if self.base is not None:
             self.base.verify(progress)
-        for part in ("averages", "copies"):
-            digest = Digest(self.section_size(part))
-            self.add_missing(part, digest, progress)
-            self.check_digest(part, digest)
+        for section in ("averages", "copies"):
+            self.check(section).finish(progress)
 
-    def section_offsets(self, part: str) -> dict[str, int]:
+    def section_offsets(self, section: str) -> dict[str, int]:
         """First byte of each tensor among all the ``"averages"`` or ``"copies"`` of the file."""
         offsets, done = {}, 0
         for name, entry in self.entries.items():
-            if (name in self.averages) == (part == "averages"):
+            if (name in self.averages) == (section == "averages"):
                 offsets[name] = done
                 done += entry.nbytes
         return offsets
 
-    def section_size(self, part: str) -> int:
-        """Bytes of all ``"averages"`` or ``"copies"``."""
-        averages = part == "averages"
-        return sum(e.nbytes for e in self.entries.values() if (e.name in self.averages) == averages)
-
-    def add_missing(
-        self, part: str, digest: Digest, progress: Callable[[int], object] = lambda nbytes: None
-    ) -> None:
-        """Read what a digest has not seen yet.
-
-        Raises:
-            CorruptSnapshotError: If a byte is missing.
-        """
-        missing = list(digest.missing())
-        if not missing:
-            return
-        offsets = self.section_offsets(part)
-        names, starts = list(offsets), list(offsets.values())
-        with self.opened() as file:
-            for start, size in missing:
-                piece = np.empty(size, np.uint8)
-                # From the tensor in which the piece begins to that in which it ends.
-                k, filled = bisect_right(starts, start) - 1, 0
-                while filled < size:
-                    entry = self.entries[names[k]]
-                    skip = start + filled - starts[k]
-                    part_size = min(entry.nbytes - skip, size - filled)
-                    self.read_bytes(file, entry.offset + skip, piece[filled : filled + part_size])
-                    filled, k = filled + part_size, k + 1
-                digest.add(start, piece)
-                progress(size)
-
-    def check_digest(self, part: str, digest: Digest) -> None:
-        """Compare a digest of the ``"averages"`` or ``"copies"`` with the stored one."""
-        if digest.hexdigest() != self.digests[part]:
-            raise CorruptSnapshotError(
-                f"{self.path} is damaged: the digest of its {part} does not match, so at least "
-                "one byte changed after it was written. Restore it from a copy, or delete it to "
-                "reconstruct from the others"
-            )
+    def check(self, section: str) -> Check:
+        """Compares the ``"averages"`` or ``"copies"`` with their digest, as they are read."""
+        if self.parts is not None:
+            return self.parts.check(section, self.averages)
+        entries = [self.entries[name] for name in self.section_offsets(section)]
+        return FileCheck(self.path, entries, section, self.digests[section])
 
     @contextmanager
-    def opened(self) -> Iterator[int]:
-        """A descriptor of the open file, for :meth:`read_bytes`."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise SnapshotError(f"cannot open {self.path}: {error.strerror}") from error
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def read_bytes(self, file: int, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill ``out`` from the open file; errors name it."""
-        try:
-            read_range(file, offset, out)
-        except EOFError as error:
-            raise CorruptSnapshotError(
-                f"{self.path} was truncated while it was read ({error})"
-            ) from error
-        except OSError as error:
-            raise SnapshotError(f"cannot read {self.path}: {error.strerror}") from error
+    def opened(self) -> Iterator[Reader]:
+        """Its bytes, by the offsets of its entries."""
+        if self.parts is not None:
+            yield self.parts.open()
+            return
+        with open_file(self.path) as file:
+            yield file
 
     def _entry(self, name: str) -> TensorEntry:
         name = self.aliases.get(name, name)
@@ -371,11 +343,3 @@ def _block_entry(entry: TensorEntry, shape: Sequence[int]) -> TensorEntry:
     if bits not in BITS or found.stored() != entry:
         raise ValueError(f"{entry.name} has {entry.dtype} {entry.shape}, no blocks of {shape}")
     return found
-
-
-def header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -> str:
-    """Digest of all metadata but itself, and of the table of tensors."""
-    digest = {key: value for key, value in metadata["digest"].items() if key != "header"}
-    table = [[e.name, e.stored().dtype, *e.stored().shape] for e in entries]
-    text = canonical_json([{**metadata, "digest": digest}, table])
-    return bytes_digest(text.encode())

@@ -31,19 +31,21 @@ from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import (
     FORMAT_VERSION,
+    PARTS_VERSION,
     AverageSource,
     CopySource,
     RunIdentity,
     Snapshot,
-    header_digest,
 )
-from posthoc_ema.tensorfile import TensorEntry, TensorFileWriter
+from posthoc_ema.tensorfile import TensorEntry, TensorFileWriter, header_digest
 from posthoc_ema.workers import Workers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_NO_DIGEST = "0" * 32
+NO_DIGEST = "0" * 32
+"""Stands in for a digest that is not known yet."""
+
 _PIECE = 1 << 18  # elements encoded at once, whole blocks
 
 
@@ -86,6 +88,9 @@ def write_snapshot(
 ) -> None:
     """Write one file, in two passes over the averages and without a copy of them.
 
+    If a tensor is part of one, so is the file: :mod:`posthoc_ema.parts_writing` makes a snapshot
+    of several.
+
     Args:
         path: Where; durable and complete when this returns, absent if it raises.
         run: What it shares with the other snapshots of its run.
@@ -103,7 +108,7 @@ def write_snapshot(
         rewrites: How often this snapshot was written before.
         decoded: If given, receives the averages as the file holds them, flat, by name, float64:
             what is predicted from them adds up their rounding.
-        sizes: From :func:`magnitudes`, if they are known.
+        sizes: From :func:`magnitudes`, if they are known; for a part, of all parts together.
 
     Raises:
         NonFiniteError: If an average holds NaN or infinity.
@@ -135,7 +140,11 @@ def write_snapshot(
         "blocks": blocks,
         "prediction": [[x, s.digests["header"], s.path.name] for x, s in inputs],
     }
-    empty = {"averages": _NO_DIGEST, "copies": _NO_DIGEST, "header": _NO_DIGEST}
+    everything: list[AverageSource | CopySource] = [*averages, *copies]
+    boxes = {s.name: [s.part.offsets, s.part.whole] for s in everything if s.part}
+    if boxes:
+        identity = {**identity, "format_version": PARTS_VERSION, "boxes": boxes}
+    empty = {"averages": NO_DIGEST, "copies": NO_DIGEST, "header": NO_DIGEST}
     # The digits of a float vary in number: reserve the longest.
     longest = {**statistics, "rounding_square": -1.2345678901234567e-300}
     sources = {source.name: source for source in averages}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from posthoc_ema.chain import connected
-from posthoc_ema.errors import (
-    ForeignSnapshotError,
-    SnapshotError,
-    SnapshotWriteError,
-    StructureError,
-)
-from posthoc_ema.journal import JOURNAL, REWRITTEN, exchange, recover
+from posthoc_ema.consistency import check_one_run
+from posthoc_ema.errors import ForeignSnapshotError, SnapshotError
+from posthoc_ema.journal import JOURNAL, REWRITTEN, exchange
+from posthoc_ema.locking import translated, writing
+from posthoc_ema.parts import FOLDER as PARTS
+from posthoc_ema.parts_writing import WrittenPart, part_name, write_index, write_part
 from posthoc_ema.prediction import Memory, refinement_path, write_predicted
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.reencode import dependants, write_again
@@ -25,6 +22,7 @@ from posthoc_ema.snapshot_file import (
     RunIdentity,
     Snapshot,
 )
+from posthoc_ema.snapshot_writing import Magnitude
 from posthoc_ema.tensorfile import SUFFIX, sync_directory
 
 ABANDONED = "abandoned"
@@ -67,7 +65,7 @@ class SnapshotStore:
             raise SnapshotError(
                 f"{self.path} {state}; give the folder that EMA(snapshots=...) wrote"
             )
-        _check_one_run(snapshots)
+        check_one_run(snapshots)
         return snapshots
 
     def scan(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
@@ -82,7 +80,7 @@ class SnapshotStore:
     def _everything(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
         """All files."""
         if (self.path / JOURNAL).exists():  # a deletion was killed half-way
-            with self._writing():
+            with writing(self.path):
                 pass
         snapshots, problems = [], []
         for path in self._files():
@@ -117,10 +115,16 @@ class SnapshotStore:
             ForeignSnapshotError: If the folder holds anything else.
             SnapshotWriteError: If it cannot be written to.
         """
-        with self._writing():
-            for leftover in self.path.glob(f".*{SUFFIX}.*.tmp"):
+        with writing(self.path):
+            own = self._own(run)
+            parts = {path for s in own for path in s.files}
+            for leftover in (
+                *self.path.glob(f".*{SUFFIX}.*.tmp"),
+                *(self.path / PARTS).glob(f".*{SUFFIX}.*.tmp"),
+                *(path for path in (self.path / PARTS).glob(f"*{SUFFIX}") if path not in parts),
+            ):
                 leftover.unlink(missing_ok=True)
-            future = [s for s in self._own(run) if s.t > t]
+            future = [s for s in own if s.t > t]
             if not future:
                 return
             attic = self.path / ABANDONED
@@ -128,10 +132,11 @@ class SnapshotStore:
             taken = [int(p.name[:3]) for p in attic.iterdir() if p.name[:3].isdigit()]
             target = attic / f"{max(taken, default=0) + 1:03d}-after-t={t}"
             target.mkdir()
-            for snapshot in future:
-                os.replace(snapshot.path, target / snapshot.path.name)
-            sync_directory(target)
-            sync_directory(self.path)
+            if any(s.parts for s in future):
+                (target / PARTS).mkdir()
+            files = dict.fromkeys(str(p.relative_to(self.path)) for s in future for p in s.files)
+            moved = target.relative_to(self.path)
+            exchange(self.path, [], [], {name: str(moved / name) for name in files})
 
     def write(
         self,
@@ -151,19 +156,78 @@ class SnapshotStore:
             ForeignSnapshotError: If the folder holds snapshots of another run, or this one.
             SnapshotWriteError: If the file cannot be written; earlier ones are unharmed.
         """
-        path = self.path / f"{_stem(t, profile)}{SUFFIX}"
-        with self._writing():
-            earlier = self._own(run)
-            if path in [s.path for s in earlier]:
-                raise ForeignSnapshotError(
-                    f"{path} already exists, from the same run and time; two processes seem to "
-                    "write the same run. Give snapshots= to one of them only"
-                )
+        with writing(self.path):
+            path, earlier = self._new_place(run, t, profile)
             write_predicted(
                 path, run, t, profile, averages, copies, aliases, encoding, earlier, self._memory
             )
             self._drop_refinements(s for s in earlier if s.profile == profile)
             return self._connected_at(path)
+
+    def check_new(self, run: RunIdentity, t: float, profile: Profile) -> None:
+        """Make sure that a snapshot can be written.
+
+        Raises:
+            ForeignSnapshotError: If the folder holds snapshots of another run, or this one.
+            SnapshotWriteError: If it cannot be written to.
+        """
+        with writing(self.path):
+            self._new_place(run, t, profile)
+
+    def write_part(
+        self,
+        run: RunIdentity,
+        t: float,
+        profile: Profile,
+        averages: Sequence[AverageSource],
+        copies: Sequence[CopySource],
+        encoding: str,
+        sizes: Mapping[str, Magnitude],
+        number: int,
+        of: int,
+    ) -> WrittenPart | None:
+        """Write what process ``number`` of several holds; invisible until :meth:`join`.
+
+        Args and errors: as :func:`posthoc_ema.parts_writing.write_part`.
+        """
+        path = self.path / PARTS / part_name(_stem(t, profile), number, of)
+        with translated(self.path):
+            return write_part(path, run, t, profile, averages, copies, encoding, sizes)
+
+    def join(
+        self,
+        run: RunIdentity,
+        t: float,
+        profile: Profile,
+        averages: Sequence[tuple[str, str]],
+        copies: Sequence[CopySource],
+        aliases: Mapping[str, str],
+        encoding: str,
+        written: Sequence[WrittenPart],
+        sizes: Mapping[str, Magnitude],
+    ) -> Snapshot:
+        """Make parts on disk a snapshot, at once; of one process, when all have written theirs.
+
+        Args and errors: as :func:`posthoc_ema.parts_writing.write_index` and :meth:`write`.
+        """
+        with writing(self.path):
+            path, earlier = self._new_place(run, t, profile)
+            write_index(path, run, t, profile, averages, copies, aliases, encoding, written, sizes)
+            self._drop_refinements(s for s in earlier if s.profile == profile)
+            return self._connected_at(path)
+
+    def _new_place(
+        self, run: RunIdentity, t: float, profile: Profile
+    ) -> tuple[Path, Sequence[Snapshot]]:
+        """Where a snapshot goes, and those that are there."""
+        path = self.path / f"{_stem(t, profile)}{SUFFIX}"
+        earlier = self._own(run)
+        if path in [s.path for s in earlier]:
+            raise ForeignSnapshotError(
+                f"{path} already exists, from the same run and time; two processes seem to "
+                "write the same run. Give snapshots= to one of them only"
+            )
+        return path, earlier
 
     def take(self, snapshot: Snapshot, encoding: str, newest: bool) -> Snapshot:
         """Write a snapshot of another store here, in an encoding of one's own.
@@ -179,7 +243,7 @@ class SnapshotStore:
             SnapshotWriteError: If the file cannot be written.
         """
         path = self.path / (snapshot.base or snapshot).path.name
-        with self._writing():
+        with writing(self.path):
             earlier = [s for s in self._own(snapshot.run) if s.t <= snapshot.t]
             if path in [s.path for s in earlier]:
                 raise ForeignSnapshotError(f"{path} already exists")
@@ -228,8 +292,9 @@ class SnapshotStore:
             if path.parent != self.path:
                 raise SnapshotError(f"{path} is not in {self.path}")
         before = self._bytes()
-        with self._writing():
+        with writing(self.path):
             present = self._everything()[0]
+            parts = [path for s in present if s.path in going and s.parts for path in s.parts.paths]
             for snapshot in present:
                 pair = {snapshot.path, (snapshot.base or snapshot).path}
                 going |= pair if pair & going else set()
@@ -242,7 +307,9 @@ class SnapshotStore:
                 new = self._write_again(again, others, progress)
             old = {s.path.name for s in again} - new
             self._memory.clear()
-            exchange(self.path, [*(path.name for path in going), *old], sorted(new))
+            # Parts last: without its index none is seen.
+            gone = [*(path.name for path in going), *old, *(f"{PARTS}/{p.name}" for p in parts)]
+            exchange(self.path, gone, sorted(new))
         return before - self._bytes()
 
     def _write_again(
@@ -281,7 +348,8 @@ class SnapshotStore:
         return next(s for s in self.scan()[0] if s.path in either)
 
     def _bytes(self) -> int:
-        return sum(path.stat().st_size for path in self._files())
+        parts = (self.path / PARTS).glob(f"*{SUFFIX}")
+        return sum(path.stat().st_size for path in (*self._files(), *parts))
 
     def _connected(self, others: Sequence[Snapshot]) -> Snapshots:
         """Snapshots of this folder, predicted from each other and from others."""
@@ -317,34 +385,6 @@ class SnapshotStore:
                 )
         return snapshots
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Exclusive access among the processes of one machine, errors translated."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with open(self.path / ".lock", "ab") as lock:
-                try:
-                    import fcntl
-                except ImportError:  # no such locks on this system: one writer is assumed
-                    pass
-                else:
-                    try:
-                        fcntl.flock(lock, fcntl.LOCK_EX)
-                    except OSError as error:  # nor has every network file system
-                        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                            raise
-                recover(self.path)
-                yield
-        except OSError as error:
-            if isinstance(error, SnapshotError):
-                raise
-            raise SnapshotWriteError(
-                error.errno,
-                f"cannot write snapshots to {self.path}: {error.strerror}. Those already there "
-                "are unharmed; free space or make the folder writable, and the next update tries "
-                "again",
-            ) from error
-
 
 def as_store(snapshots: str | os.PathLike[str] | SnapshotStore) -> SnapshotStore:
     """A store as it is, or that of a folder."""
@@ -357,34 +397,3 @@ def _stem(t: float, profile: Profile) -> str:
     if isinstance(profile, PowerFunction):
         return f"t={time}_sigma_rel={profile.sigma_rel!r}"
     return f"t={time}_" + "_".join(f"{key}={value}" for key, value in profile.to_dict().items())
-
-
-def _check_one_run(snapshots: Sequence[Snapshot]) -> None:
-    first = snapshots[0]
-    seen: dict[tuple[float, Profile], Snapshot] = {}
-    for snapshot in snapshots:
-        if snapshot.run.run_id != first.run.run_id:
-            raise ForeignSnapshotError(
-                f"{first.path} and {snapshot.path} belong to different runs "
-                f"({first.run.run_id}, {snapshot.run.run_id}); move one run to another folder"
-            )
-        twin = seen.setdefault((snapshot.t, snapshot.profile), snapshot)
-        if twin is not snapshot:
-            raise ForeignSnapshotError(
-                f"{twin.path} and {snapshot.path} both hold t={snapshot.t}, {snapshot.profile}; "
-                "delete or move one of them"
-            )
-        _check_structure(first, snapshot)
-
-
-def _check_structure(first: Snapshot, other: Snapshot) -> None:
-    for name in dict.fromkeys((*first.averages, *other.averages)):
-        if name not in first.averages or name not in other.averages:
-            missing = (other if name in first.averages else first).path
-            raise StructureError(f"{missing} lacks {name!r}, which other snapshots of its run hold")
-        a, b = first.entries[name].shape, other.entries[name].shape
-        if a != b:
-            raise StructureError(
-                f"{name} has shape {a} in {first.path} but {b} in {other.path}; "
-                "snapshots of one run must agree"
-            )

@@ -21,6 +21,7 @@ from posthoc_ema.chain import is_residual, stored_coefficients, with_inputs
 from posthoc_ema.encoding import Digest, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.kernels import combine, finish
+from posthoc_ema.reading import Check, Reader
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
 from posthoc_ema.workers import Workers
@@ -110,16 +111,15 @@ def stream(
     order = [name for name in used[0].entries if name in wanted]
     runs = _runs(used, groups, order, sink)
 
-    digests = [Digest(snapshot.section_size("averages")) for snapshot in used] if check else []
-    with _Reader(used, digests) as reader:
+    checks = [snapshot.check("averages") for snapshot in used] if check else []
+    with _Reader(used, checks) as reader:
         for run in runs:
             sink.start(run.outputs)
             for count in reader.combine(run, sink.write):
                 progress(sum(stored_size(dtype, count) for dtype in run.dtypes))
-    for snapshot, digest in zip(used, digests, strict=check):
+    for finished in checks:
         # What counts for no target was not read: files that only tell how others were predicted.
-        snapshot.add_missing("averages", digest)
-        snapshot.check_digest("averages", digest)
+        finished.finish()
 
 
 class _Reader:
@@ -131,11 +131,11 @@ class _Reader:
     sum, and so the result, does not depend on the number of threads.
     """
 
-    def __init__(self, snapshots: Sequence[Snapshot], digests: Sequence[Digest]) -> None:
-        self._snapshots, self._digests = snapshots, digests
+    def __init__(self, snapshots: Sequence[Snapshot], checks: Sequence[Check]) -> None:
+        self._snapshots, self._checks = snapshots, checks
         self._buffers = local()
         self._stack = ExitStack()
-        self._files: list[int] = []
+        self._files: list[Reader] = []
 
     def __enter__(self) -> _Reader:
         with ExitStack() as stack:
@@ -204,12 +204,12 @@ class _Reader:
             # Reads, not a memory map: page faults cost as much, no resident memory grows, and a
             # file that shrinks gives an error instead of a bus error.
             if i < len(self._files):
-                snapshot.read_bytes(self._files[i], run.offsets[i] + skip, row)
+                self._files[i].read(run.offsets[i] + skip, row)
             else:
                 with snapshot.opened() as file:
-                    snapshot.read_bytes(file, run.offsets[i] + skip, row)
-            if self._digests:
-                self._digests[i].add(run.sections[i] + skip, row)
+                    file.read(run.offsets[i] + skip, row)
+            if self._checks:
+                self._checks[i].add(run.sections[i] + skip, row)
         return rows
 
     def _buffer(self, name: str, size: int) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.blocks import BLOCK, block_bytes
-from posthoc_ema.encoding import block_bits, stored_size
+from posthoc_ema.encoding import block_bits, bytes_digest, stored_size
 from posthoc_ema.errors import CorruptSnapshotError
 
 if TYPE_CHECKING:
@@ -222,6 +222,14 @@ class TensorFileWriter:
         text = canonical_json(metadata)
         table = {"__metadata__": {METADATA_KEY: text, "format": "pt"}, **self._table}
         return json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -> str:
+    """Digest of all metadata but itself, and of the table of tensors."""
+    digest = {key: value for key, value in metadata["digest"].items() if key != "header"}
+    table = [[e.name, e.stored().dtype, *e.stored().shape] for e in entries]
+    text = canonical_json([{**metadata, "digest": digest}, table])
+    return bytes_digest(text.encode())
 
 
 def canonical_json(data: Any) -> str:

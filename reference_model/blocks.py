@@ -1,4 +1,7 @@
-"""Building blocks of config G: embedding, attention, encoder and decoder blocks, output.
+"""Building blocks of configs F and G: embedding, attention, encoder and decoder blocks, output.
+
+The two differ in constants and gains that the rung names (`rungs.Rung`): plain sums have both
+weights one, a plain SiLU has the magnitude one.
 
 Submodules are created in the order in which the checkpoint layout lists their parameters
 (embedding gain, conv0, embedding linear, conv1, skip, qkv, projection), which is also the
@@ -15,19 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference_model.mp_layers import (
-    SILU_MAGNITUDE,
-    Gain,
-    MPConv,
-    MPFourier,
-    mp_silu,
-    mp_sum,
-    mp_sum_weights,
-)
+from reference_model.dropout import ImageDropout
 from reference_model.normalization import normalize
 
 if TYPE_CHECKING:
     from reference_model.configs import NetworkConfig
+    from reference_model.rungs import Rung
 
 
 class MPEmbedding(nn.Module):
@@ -35,17 +31,22 @@ class MPEmbedding(nn.Module):
 
     Args:
         config: Widths, label dimension and `label_balance`.
+        rung: Layers and constants.
     """
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, rung: Rung) -> None:
         super().__init__()
         self.label_dim = config.label_dim
-        self.label_balance = config.label_balance
-        self.fourier = MPFourier(config.noise_channels)
-        self.noise = MPConv(config.noise_channels, config.emb_channels, kernel=())
+        self.label_scale = math.sqrt(config.label_dim) if rung.class_scale else 1.0
+        self.weights = rung.sum_weights(config.label_balance)
+        self.silu_magnitude = rung.silu_magnitude
+        self.fourier = rung.noise_features(config.noise_channels)
+        self.noise = rung.noise_layers(rung.conv, config.noise_channels, config.emb_channels)
         # An unconditional network has no class branch at all, so nothing to sum.
         self.label = (
-            MPConv(config.label_dim, config.emb_channels, kernel=()) if config.label_dim else None
+            rung.label_conv(config.label_dim, config.emb_channels, kernel=())
+            if config.label_dim
+            else None
         )
 
     def forward(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -55,9 +56,10 @@ class MPEmbedding(nn.Module):
             if class_labels is None:
                 class_labels = emb.new_zeros(1, self.label_dim)
             # √label_dim gives a one-hot vector unit mean square.
-            labels = class_labels.to(emb.dtype) * math.sqrt(self.label_dim)
-            emb = mp_sum(emb, self.label(labels), t=self.label_balance)
-        return mp_silu(emb)
+            labels = class_labels.to(emb.dtype) * self.label_scale
+            weight_noise, weight_label = self.weights
+            emb = torch.add(weight_label * self.label(labels), emb, alpha=weight_noise)
+        return F.silu(emb) / self.silu_magnitude
 
 
 class MPResidual(nn.Module):
@@ -67,24 +69,30 @@ class MPResidual(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the result.
         config: Embedding width, dropout, and `res_balance`.
+        rung: Layers and constants.
         up: Whether the branch first doubles the resolution by repeating pixels.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: NetworkConfig, *, up: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: NetworkConfig,
+        rung: Rung,
+        *,
+        up: bool = False,
     ) -> None:
         super().__init__()
-        _, share = mp_sum_weights(config.res_balance)
-        self.emb_gain = Gain()
+        _, share = rung.sum_weights(config.res_balance)
+        magnitude = rung.silu_magnitude
+        self.emb_gain = rung.emb_gain()
         # Convolutions carry the constants of MP-SiLU before them and of MP-Sum behind.
-        self.conv0 = MPConv(
-            in_channels, out_channels, kernel=(3, 3), factor=1 / SILU_MAGNITUDE, up=up
+        self.conv0 = rung.conv(
+            in_channels, out_channels, kernel=(3, 3), factor=1 / magnitude, up=up
         )
-        self.emb_linear = MPConv(config.emb_channels, out_channels, kernel=())
-        self.conv1 = MPConv(
-            out_channels, out_channels, kernel=(3, 3), factor=share / SILU_MAGNITUDE
-        )
-        self.dropout = nn.Dropout(config.dropout)
+        self.emb_linear = rung.conv(config.emb_channels, out_channels, kernel=())
+        self.conv1 = rung.conv(out_channels, out_channels, kernel=(3, 3), factor=share / magnitude)
+        self.dropout = ImageDropout(config.dropout)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`, times its share."""
@@ -106,14 +114,15 @@ class MPAttention(nn.Module):
     Args:
         channels: Channels of input and result.
         config: `channels_per_head` and `attn_balance`.
+        rung: Layers and weights of the sum.
     """
 
-    def __init__(self, channels: int, config: NetworkConfig) -> None:
+    def __init__(self, channels: int, config: NetworkConfig, rung: Rung) -> None:
         super().__init__()
         self.heads = config.num_heads(channels)
-        self.share, share = mp_sum_weights(config.attn_balance)
-        self.qkv = MPConv(channels, 3 * channels, kernel=(1, 1), arrange=self._by_kind)
-        self.proj = MPConv(channels, channels, kernel=(1, 1), factor=share)
+        self.share, share = rung.sum_weights(config.attn_balance)
+        self.qkv = rung.conv(channels, 3 * channels, kernel=(1, 1), arrange=self._by_kind)
+        self.proj = rung.conv(channels, channels, kernel=(1, 1), factor=share)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, H, W]` to the same shape."""
@@ -142,7 +151,8 @@ class MPEncoderBlock(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the result.
-        config: Everything else.
+        config: Sizes, and constants of its own.
+        rung: Layers and constants.
         attention: Whether self-attention follows the residual branch.
         down: Whether the block first halves the resolution by 2×2 means.
     """
@@ -152,25 +162,27 @@ class MPEncoderBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         config: NetworkConfig,
+        rung: Rung,
         *,
         attention: bool,
         down: bool = False,
     ) -> None:
         super().__init__()
-        self.share, _ = mp_sum_weights(config.res_balance)
+        self.share, _ = rung.sum_weights(config.res_balance)
         self.clip_act = config.clip_act
         self.down = down
-        self.residual = MPResidual(out_channels, out_channels, config)
-        self.skip = _skip(in_channels, out_channels)
-        self.attention = MPAttention(out_channels, config) if attention else nn.Identity()
+        self.residual = MPResidual(out_channels, out_channels, config, rung)
+        self.skip = main_path_conv(in_channels, out_channels, rung)
+        self.pixel_norm = rung.pixel_norm
+        self.attention = rung.attention(out_channels, config, rung) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or H/2, W or W/2]`."""
         if self.down:
             x = F.avg_pool2d(x, 2)
-        x = normalize(self.skip(x), dim=1)
+        x = self.pixel_norm(self.skip(x))
         x = self.residual(x, emb).add_(x, alpha=self.share)
-        return _clip(self.attention(x), self.clip_act)
+        return clip(self.attention(x), self.clip_act)
 
 
 class MPDecoderBlock(nn.Module):
@@ -179,7 +191,8 @@ class MPDecoderBlock(nn.Module):
     Args:
         in_channels: Channels from the block before.
         out_channels: Channels of the result.
-        config: Everything else.
+        config: Sizes, and constants of its own.
+        rung: Layers and constants.
         attention: Whether self-attention follows the residual branch.
         up: Whether the block first doubles the resolution by repeating pixels.
         skip_channels: Channels of the encoder output that the network concatenates to the
@@ -191,19 +204,21 @@ class MPDecoderBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         config: NetworkConfig,
+        rung: Rung,
         *,
         attention: bool,
         up: bool = False,
         skip_channels: int = 0,
     ) -> None:
         super().__init__()
-        self.share, _ = mp_sum_weights(config.res_balance)
+        self.share, _ = rung.sum_weights(config.res_balance)
         self.clip_act = config.clip_act
         self.up = up
         self.skip_channels = skip_channels
-        self.residual = MPResidual(in_channels + skip_channels, out_channels, config, up=up)
-        self.skip = _skip(in_channels + skip_channels, out_channels)
-        self.attention = MPAttention(out_channels, config) if attention else nn.Identity()
+        total = in_channels + skip_channels
+        self.residual = MPResidual(total, out_channels, config, rung, up=up)
+        self.skip = main_path_conv(total, out_channels, rung)
+        self.attention = rung.attention(out_channels, config, rung) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in + skip, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`."""
@@ -211,7 +226,7 @@ class MPDecoderBlock(nn.Module):
         if self.up:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = y.add_(self.skip(x), alpha=self.share)
-        return _clip(self.attention(x), self.clip_act)
+        return clip(self.attention(x), self.clip_act)
 
 
 class MPOutput(nn.Module):
@@ -220,26 +235,27 @@ class MPOutput(nn.Module):
     Args:
         in_channels: Channels of the last decoder block.
         out_channels: Channels of the image.
+        rung: Layers; config F has no gain.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, rung: Rung) -> None:
         super().__init__()
-        self.conv = MPConv(in_channels, out_channels, kernel=(3, 3))
-        self.gain = Gain()
+        self.conv = rung.last_conv(in_channels, out_channels, kernel=(3, 3))
+        self.gain = rung.output_gain()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, in, H, W]` to `[B, out, H, W]`."""
         return self.gain(self.conv(x))
 
 
-def _skip(in_channels: int, out_channels: int) -> nn.Module:
+def main_path_conv(in_channels: int, out_channels: int, rung: Rung) -> nn.Module:
     """1×1 convolution on the main path where the width changes, nothing elsewhere."""
     if in_channels == out_channels:
         return nn.Identity()
-    return MPConv(in_channels, out_channels, kernel=(1, 1))
+    return rung.conv(in_channels, out_channels, kernel=(1, 1))
 
 
-def _clip(x: Tensor, limit: float | None) -> Tensor:
+def clip(x: Tensor, limit: float | None) -> Tensor:
     """Clamp to ±`limit`: a guard against overflow in half precision, idle in practice."""
     # Unlike that of clamp, the gradient of hardtanh is a single pass.
     return x if limit is None else F.hardtanh(x, -limit, limit, inplace=True)

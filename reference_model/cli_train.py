@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +20,8 @@ from reference_model.cli_support import (
     set_threads,
     threads_option,
 )
-from reference_model.configs import DIGITS, NetworkConfig, TrainConfig
+from reference_model.configs import DIGITS, PARALLEL, NetworkConfig, TrainConfig
+from reference_model.ladder import leave_out, with_config
 from reference_model.presets import PRESETS, preset
 
 
@@ -74,8 +77,14 @@ def given_fields(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
-    """Replace the fields for which an option was given, those of the network included."""
+    """Replace the fields for which an option was given, those of the network included.
+
+    Another rung of the ladder than the config's replaces all habits in which they differ.
+    """
     given = given_fields(overrides)
+    # A rung of the ladder brings its own habits; what is given explicitly comes on top.
+    config = with_config(config, given.pop("config", config.network.config))
+    config = leave_out(config, given.pop("leave_out", config.network.leave_out))
     for name in ("data", "vae"):
         value = given.get(name)
         if value and value != DIGITS and Path(value).exists():
@@ -101,6 +110,24 @@ preset_option = click.option(
 @run_dir_option
 @device_option
 @threads_option
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images that one process takes through the network at once, to save memory; gradients "
+    "add up over a step. Not given: all of its share of the batch.",
+)
+@click.option(
+    "--parallel",
+    type=click.Choice(PARALLEL),
+    default="ddp",
+    show_default=True,
+    help="How the processes of torchrun share the model: a copy in each, or a shard in each, for "
+    "models that are too large for one GPU.",
+)
+@click.option(
+    "--tensorboard", is_flag=True, help="Write statistics for TensorBoard too, in the run's folder."
+)
 @quiet_option
 @config_options(NetworkConfig, TrainConfig)
 def train(
@@ -108,31 +135,60 @@ def train(
     run_dir: Path,
     device: str,
     threads: int | None,
+    micro_batch: int | None,
+    parallel: str,
+    tensorboard: bool,
     quiet: bool,
     **overrides: Any,
 ) -> None:
     """Train a network, or continue a run that was stopped.
 
-    A new run needs --preset; every other option replaces one value of it. To continue a run,
+    A new run needs --preset; every other option replaces one value of it, but for --config,
+    which brings the whole set of habits of that rung of the paper's ladder. --leave-out builds a
+    config without some of its ingredients, as in an ablation. To continue a run,
     give its --run-dir alone: it remembers its options, and ends with the same weights as if it
-    had never stopped. SIGTERM and Ctrl-C save before they stop it.
+    had never stopped. SIGTERM and Ctrl-C save before they stop it. Where the data has moved, give
+    --data once: it is checked to be the same.
 
-    The run directory receives config.json, stats.jsonl, a checkpoint, and EMA snapshots under
-    ema/ that every posthoc-ema command understands.
-    """
+    \b
+    On many GPUs, and on many machines that share the run directory:
+      torchrun --nproc-per-node 8 -m reference_model train --device cuda ...
+      torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
+        -m reference_model train --device cuda ...
+
+    --micro-batch, --parallel, --device and the number of processes are no part of what the run
+    is: they may change whenever it continues, and the weights stay the same up to rounding.
+
+    The run directory receives config.json, data.json, starts.jsonl, stats.jsonl, a checkpoint,
+    and EMA snapshots under ema/ that every posthoc-ema command understands.
+    """  # noqa: D301 (click takes \\b for the character)
     from reference_model.checkpoint import CONFIG_FILE, load_config
+    from reference_model.distributed import OtherProcessError
     from reference_model.train import train as run_training
 
     set_threads(threads)
-    with errors_as_messages():
-        if preset_name is not None:
-            config = preset(preset_name)
-        elif (run_dir / CONFIG_FILE).exists():
-            config = load_config(run_dir)
-        else:
-            raise click.UsageError(f"{run_dir} holds no run yet; start one with --preset")
-        config = with_overrides(config, overrides)
-        nimg = run_training(config, run_dir, progress=not quiet, device=device)
+    try:
+        with errors_as_messages():
+            if preset_name is not None:
+                config = preset(preset_name)
+            elif (run_dir / CONFIG_FILE).exists():
+                config = load_config(run_dir)
+            else:
+                raise click.UsageError(f"{run_dir} holds no run yet; start one with --preset")
+            config = with_overrides(config, overrides)
+            nimg = run_training(
+                config,
+                run_dir,
+                progress=not quiet,
+                device=device,
+                micro_batch=micro_batch,
+                parallel=parallel,
+                tensorboard=tensorboard,
+            )
+    except OtherProcessError:
+        sys.exit(1)  # the process that failed has said why
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     done = nimg >= config.total_nimg
     click.echo(
         f"{'Finished' if done else 'Stopped'} after {nimg:,} of {config.total_nimg:,} images."

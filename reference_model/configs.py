@@ -10,19 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-LADDER = {
-    "A": "EDM baseline",
-    "B": "minor improvements",
-    "C": "architectural streamlining",
-    "D": "magnitude-preserving learned layers",
-    "E": "control effective learning rate",
-    "F": "remove group normalizations",
-    "G": "magnitude-preserving fixed-function layers",
-}
-"""The seven configs of Karras et al. 2024, arXiv:2312.02696, Table 1."""
-
-AVAILABLE = ("G",)
-"""Those that `build_model` can build."""
+from reference_model.ladder import (
+    INGREDIENTS,
+    LADDER,
+    LR_DECAY,
+    check_leave_out,
+    network_default,
+)
 
 DIGITS = "digits"
 """The data set that is built in."""
@@ -35,6 +29,13 @@ HELD_OUT = 0.25
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 """Types of activations; weights, embedding, norms and loss are float32 with each."""
+
+PARALLEL = ("ddp", "fsdp")
+"""Ways for several processes to share a model: a copy in each, or a shard in each."""
+
+
+BY_CONFIG: Any = object()
+"""Default of fields whose value follows from the rung of the ladder."""
 
 
 def option(help: str, **default: Any) -> Any:
@@ -65,31 +66,45 @@ class NetworkConfig:
     )
     num_blocks: int = option("Encoder blocks of each level; the decoder has one more.", default=3)
     attn_resolutions: tuple[int, ...] = option(
-        "Resolutions (of a level, in pixels) at which blocks attend.", default=(16, 8)
+        "Resolutions (of a level, in pixels) at which blocks attend; left out: 16,8, and for "
+        "config A 32,16,8.",
+        default=BY_CONFIG,
     )
     channels_per_head: int = option("Channels of one attention head.", default=64)
-    dropout: float = option("Dropout probability in residual branches.", default=0.0)
-    label_balance: float = option("Share of the class in the embedding, 0 to 1.", default=0.5)
-    concat_balance: float = option("Share of skip connections, 0 to 1.", default=0.5)
-    res_balance: float = option("Share of residual branches, 0 to 1.", default=0.3)
-    attn_balance: float = option("Share of attention, 0 to 1.", default=0.3)
-    clip_act: float | None = option("Bound on activations; none: unbounded.", default=256.0)
+    dropout: float = option(
+        "Dropout probability in residual branches; left out: 0.1, and for config G 0.",
+        default=BY_CONFIG,
+    )
+    label_balance: float = option("Share of the class in the embedding of G, 0 to 1.", default=0.5)
+    concat_balance: float = option("Share of skip connections in G, 0 to 1.", default=0.5)
+    res_balance: float = option("Share of residual branches in G, 0 to 1.", default=0.3)
+    attn_balance: float = option("Share of attention in G, 0 to 1.", default=0.3)
+    clip_act: float | None = option(
+        "Bound on activations; none: unbounded; left out: 256, and for A to C none.",
+        default=BY_CONFIG,
+    )
     sigma_data: float = option("Standard deviation of the data.", default=0.5)
     logvar_channels: int = option("Noise features of the uncertainty head.", default=128)
     precision: str = option(
         "Type of activations on GPUs: float32, float16 or bfloat16. CPUs compute in float32.",
         default="float32",
     )
+    leave_out: tuple[str, ...] = option(
+        "Ingredients of the config to leave out: " + ", ".join(INGREDIENTS) + ".", default=()
+    )
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.config not in LADDER:
             raise ValueError(f"config must be one of {', '.join(LADDER)} (got {self.config!r})")
-        if self.config not in AVAILABLE:
-            raise NotImplementedError(
-                f"config {self.config} ({LADDER[self.config]}) is not built yet; "
-                f"config {', '.join(AVAILABLE)} is"
+        for name in ("attn_resolutions", "dropout", "clip_act"):
+            if getattr(self, name) is BY_CONFIG:
+                object.__setattr__(self, name, network_default(self.config, name))
+        for name in ("channel_mult", "attn_resolutions", "leave_out"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_leave_out(self.config, self.leave_out)
+        if LR_DECAY in self.leave_out:
+            raise ValueError(
+                f"{LR_DECAY} is no part of the network: set ref_batches=0 of the training config"
             )
         for name in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
             if getattr(self, name) < 1:

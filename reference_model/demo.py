@@ -20,6 +20,7 @@ from reference_model.checkpoint import (
 from reference_model.presets import preset
 from reference_model.protocol import Protocol
 from reference_model.report import REPORT_FILE, write_report
+from reference_model.run_record import DATA_FILE, STARTS_FILE
 from reference_model.sheets import SAMPLES
 from reference_model.sweep import sweep
 from reference_model.sweep_record import LOCK_FILE, SWEEP_FILE, SweepRecord
@@ -140,7 +141,8 @@ def closing_words(
 
 def remove_run(run_dir: Path) -> None:
     """Remove the files of a run, and nothing else that may be in its directory."""
-    for name in (CONFIG_FILE, CHECKPOINT_FILE, STATS_FILE, SWEEP_FILE, LOCK_FILE, REPORT_FILE):
+    recorded = (CONFIG_FILE, DATA_FILE, STARTS_FILE, CHECKPOINT_FILE, STATS_FILE)
+    for name in (*recorded, SWEEP_FILE, LOCK_FILE, REPORT_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for pattern in ("classifier-*.safetensors", "reference-*.npz"):
         for path in run_dir.glob(pattern):

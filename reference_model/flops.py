@@ -23,18 +23,26 @@ from reference_model.blocks import (
     MPDecoderBlock,
     MPEmbedding,
     MPEncoderBlock,
-    MPOutput,
     MPResidual,
 )
-from reference_model.mp_layers import MPConv, MPFourier
+from reference_model.group_norm_blocks import (
+    GroupNormBlock,
+    GroupNormOutput,
+    GroupNormResidual,
+    SoftmaxAttention,
+)
+from reference_model.layers import Conv, GroupNorm, GroupScale, Sinusoid
+from reference_model.mp_layers import Gain, MPConv, MPFourier
+from reference_model.rungs import Rung, identity, plain_cat, plain_sum_weights, rung_of
 from reference_model.unet import UNet
 
 if TYPE_CHECKING:
     from reference_model.configs import NetworkConfig
 
-# Operations for each element: RMS and division; two products and their sum; SiLU and division.
-NORMALIZE, MP_SUM, MP_SILU = 3, 3, 4
-SOFTMAX = 3
+# Operations for each element: square, sum and division; SiLU; softmax.
+NORMALIZE, SILU, SOFTMAX = 3, 3, 3
+# Mean and variance, then scale and shift.
+GROUP_NORM = 6
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def count(config: NetworkConfig) -> list[LayerCost]:
         uncertainty head, which only training uses, is not among them.
     """
     with torch.device("meta"):
-        net = UNet(config).eval()
+        rung = rung_of(config)
+        net = UNet(config, rung).eval()
         image = torch.zeros(1, *config.input_shape)
         labels = torch.zeros(1, config.label_dim) if config.label_dim else None
         c_noise = torch.zeros(1)
@@ -85,7 +94,7 @@ def count(config: NetworkConfig) -> list[LayerCost]:
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            costs.extend(_costs(module, name, inputs, output))
+            costs.extend(_costs(module, name, rung, inputs, output))
 
         return hook
 
@@ -145,61 +154,80 @@ def report(config: NetworkConfig, costs: Sequence[LayerCost], *, as_json: bool =
 
 
 def _costs(
-    module: nn.Module, name: str, inputs: tuple[Any, ...], output: Tensor
+    module: nn.Module, name: str, rung: Rung, inputs: tuple[Any, ...], output: Tensor
 ) -> list[LayerCost]:
     """A module's own operations, without those of modules in it."""
     shape = tuple(output.shape[1:])
     elements = output[0].numel()
-    if isinstance(module, MPConv):
+    if isinstance(module, MPConv | Conv):
         weights = module.weight.numel()
-        fan_in = module.weight[0].numel()
         return [
             LayerCost(
                 name,
                 kind="conv" if module.weight.ndim == 4 else "linear",
                 output=shape,
-                parameters=weights,
-                macs=elements * fan_in,
-                weight_norm=NORMALIZE * weights,
+                parameters=sum(p.numel() for p in module.parameters()),
+                macs=elements * module.weight[0].numel(),
+                elementwise=0 if getattr(module, "bias", None) is None else elements,
+                weight_norm=NORMALIZE * weights if getattr(module, "normalized", False) else 0,
             )
         ]
-    if isinstance(module, MPAttention):
-        pixels = shape[1] * shape[2]
-        softmax = SOFTMAX * module.heads * pixels**2
-        return [
-            # Logits, and sums of values: each a product over all channels for pairs of pixels.
-            LayerCost(f"{name}.products", "attention", shape, macs=2 * elements * pixels),
-            LayerCost(
-                name,
-                "elementwise",
-                shape,
-                elementwise=NORMALIZE * 3 * elements + softmax + MP_SUM * elements,
-            ),
-        ]
-    if isinstance(module, UNet):
-        # Of the concatenations, each output once.
-        joined = sum(
-            block.residual.conv0.weight.shape[1] * int(size.split("x")[0]) ** 2
-            for size, block in module.dec.items()
-            if block.skip_channels
+    costs = []
+    if isinstance(module, MPAttention | SoftmaxAttention):
+        # Logits, and sums of values: each a product over all channels for pairs of pixels.
+        macs = 2 * elements * shape[1] * shape[2]
+        costs.append(LayerCost(f"{name}.products", "attention", shape, macs=macs))
+    own = _elementwise(module, rung, inputs, output)
+    learned = sum(p.numel() for p in module.parameters(recurse=False))
+    if own or learned:
+        costs.append(
+            LayerCost(name or "concatenations", "elementwise", shape, learned, elementwise=own)
         )
-        return [LayerCost("concatenations", "elementwise", shape, elementwise=joined)]
-    operations = {
+    return costs
+
+
+def _elementwise(module: nn.Module, rung: Rung, inputs: tuple[Any, ...], output: Tensor) -> int:
+    """Operations on elements of activations outside of layers with weights."""
+    elements, entering = output[0].numel(), inputs[0][0].numel()
+    add = 1 if rung.sum_weights is plain_sum_weights else 3
+    silu = SILU if rung.silu_magnitude == 1 else SILU + 1
+    norm = 0 if rung.pixel_norm is identity else NORMALIZE
+
+    def block() -> int:
+        return (add + int(getattr(module, "clip_act", None) is not None)) * elements
+
+    def attention() -> int:
+        softmax = SOFTMAX * int(getattr(module, "heads", 1)) * output[0, 0].numel() ** 2
+        return softmax + add * elements
+
+    operations: dict[type[nn.Module], Callable[[], int]] = {
+        Sinusoid: lambda: 2 * elements,
         MPFourier: lambda: 4 * elements,
-        MPEmbedding: lambda: (MP_SILU + (MP_SUM if module.label is not None else 0)) * elements,
-        # MP-SiLU before each convolution, and the modulation.
-        MPResidual: lambda: (
-            MP_SILU * elements // shape[0] * module.conv0.weight.shape[1] + (MP_SILU + 1) * elements
-        ),
-        # Pixel norm and sum; the mean of 2×2 pixels.
-        MPEncoderBlock: lambda: (
-            (NORMALIZE + MP_SUM) * elements + (inputs[0][0].numel() if module.down else 0)
-        ),
-        MPDecoderBlock: lambda: MP_SUM * elements,
-        MPOutput: lambda: elements,
-    }.get(type(module))
-    if operations is None:
-        return []
-    own = operations() + (elements if getattr(module, "clip_act", None) is not None else 0)
-    gain = int(isinstance(module, MPResidual | MPOutput))
-    return [LayerCost(name, "elementwise", shape, parameters=gain, elementwise=own)]
+        MPEmbedding: lambda: (silu + (add if module.label is not None else 0)) * elements,
+        nn.SiLU: lambda: SILU * elements,
+        nn.AvgPool2d: lambda: entering,
+        Gain: lambda: elements,
+        GroupNorm: lambda: GROUP_NORM * elements,
+        GroupScale: lambda: NORMALIZE * elements,
+        # Activation before each convolution, and the modulation.
+        MPResidual: lambda: silu * entering + (silu + 1) * elements,
+        GroupNormResidual: lambda: SILU * entering + (SILU + rung.modulation_width) * elements,
+        MPAttention: lambda: NORMALIZE * 3 * elements + attention(),
+        SoftmaxAttention: attention,
+        # Pixel norm; the mean of 2×2 pixels.
+        MPEncoderBlock: lambda: block() + norm * elements + (entering if module.down else 0),
+        MPDecoderBlock: block,
+        GroupNormBlock: block,
+        GroupNormOutput: lambda: SILU * entering,
+        UNet: lambda: 0 if rung.cat is plain_cat else _joined(module),
+    }
+    return operations.get(type(module), lambda: 0)()
+
+
+def _joined(net: nn.Module) -> int:
+    """Elements of all concatenations, each scaled once."""
+    return sum(
+        block.residual.conv0.weight.shape[1] * int(size.split("x")[0]) ** 2
+        for size, block in net.dec.items()
+        if block.skip_channels
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +49,30 @@ class EDM2Loss:
         Returns:
             `[B, C, H, W]`; training sums it over C, H, W and averages over B.
         """
-        shape, device = images.shape, images.device
-        rnd = torch.randn(shape[0], generator=generator, device=device, dtype=images.dtype)
-        noise = torch.randn(shape, generator=generator, device=device, dtype=images.dtype)
-        return self.at(net, images, (rnd * self.P_std + self.P_mean).exp(), noise, class_labels)
+        sigma, noise = self.draw(images.shape, generator, images.device, images.dtype)
+        return self.at(net, images, sigma, noise, class_labels)
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw what a batch is trained at.
+
+        Args:
+            shape: Shape of the images, (B, C, H, W).
+            generator: Source of the draws; `None`: torch's global one.
+            device: Where to draw.
+            dtype: Of the results.
+
+        Returns:
+            Noise levels, `[B]`, and noise of unit variance, `[B, C, H, W]`.
+        """
+        rnd = torch.randn(shape[0], generator=generator, device=device, dtype=dtype)
+        noise = torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+        return (rnd * self.P_std + self.P_mean).exp(), noise
 
     def at(
         self,

@@ -26,7 +26,7 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def mp_sum_weights(t: float) -> tuple[float, float]:
-    """Weights of the two summands of `mp_sum`."""
+    """Weights of the two summands of `mp_sum` (Eq. 88)."""
     norm = math.sqrt((1 - t) ** 2 + t**2)
     return (1 - t) / norm, t / norm
 
@@ -76,6 +76,9 @@ class MPConv(nn.Module):
         kernel: `(height, width)`, odd, padded to keep the resolution; `()` is a linear layer.
         factor: Magnitude of the output for unit input. Constants that precede or follow the
             layer cost nothing as part of its weight.
+        normalized: Whether weights are normalised at use (Eq. 47); if not, what is stored is
+            divided by √fan_in alone.
+        forced: Whether training overwrites what is stored by its normalised self (Eq. 66).
         up: Whether to first double the resolution by repeating pixels; for kernels of 3×3.
         arrange: Reorders the output channels of the normalised weight.
 
@@ -90,11 +93,15 @@ class MPConv(nn.Module):
         kernel: tuple[int, ...],
         *,
         factor: float = 1.0,
+        normalized: bool = True,
+        forced: bool = True,
         up: bool = False,
         arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.factor = factor
+        self.normalized = normalized
+        self.forced = forced
         self.up = up
         self.arrange = arrange
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
@@ -117,7 +124,7 @@ class MPConv(nn.Module):
         """Normalise the weight, in training the stored one too, and arrange it for use."""
         over_inputs = tuple(range(1, self.weight.ndim))
         rms = None
-        if self.training:
+        if self.training and self.forced:
             with torch.no_grad():
                 rms = root_mean_square(self.weight, over_inputs)
                 divisor = rms + EPS
@@ -125,7 +132,10 @@ class MPConv(nn.Module):
                 rms /= divisor  # of the new weight
         # 1/√fan_in on top of RMS one makes each output channel's weight vector of unit norm.
         factor = self.factor / math.sqrt(self.weight[0].numel())
-        weight = normalize(self.weight, over_inputs, rms=rms, factor=factor)
+        if self.normalized:
+            weight = normalize(self.weight, over_inputs, rms=rms, factor=factor)
+        else:
+            weight = self.weight * factor
         if self.arrange is not None:
             weight = self.arrange(weight)
         return repeat_kernel(weight) if self.up else weight
@@ -166,6 +176,7 @@ class MPFourier(nn.Module):
 
     Args:
         features: Width of the result; f ~ N(0, 1) and φ ~ U(0, 1) are drawn once.
+        amplitude: Of the cosines; √2 gives them unit magnitude.
 
     Source:
         arXiv:2312.02696, Eq. 75.
@@ -174,15 +185,16 @@ class MPFourier(nn.Module):
     freqs: Tensor
     phases: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, amplitude: float = math.sqrt(2)) -> None:
         super().__init__()
+        self.amplitude = amplitude
         self.register_buffer("freqs", torch.randn(features))
         self.register_buffer("phases", torch.rand(features))
 
     def forward(self, a: Tensor) -> Tensor:
         """Map `[B]` to `[B, features]`."""
         angle = torch.outer(a.to(self.freqs.dtype), self.freqs) + self.phases
-        return (2 * math.pi * angle).cos() * math.sqrt(2)
+        return (2 * math.pi * angle).cos() * self.amplitude
 
 
 class Gain(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reference_model.configs import NetworkConfig
-from reference_model.mp_layers import MPConv, MPFourier
+from reference_model.rungs import Rung, rung_of
 from reference_model.unet import UNet
 
 
@@ -49,16 +49,25 @@ class UncertaintyHead(nn.Module):
 
     Args:
         channels: Number of Fourier features of the noise level.
+        rung: Layers.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, rung: Rung) -> None:
         super().__init__()
-        self.fourier = MPFourier(channels)
-        self.linear = MPConv(channels, 1, kernel=())
+        self.fourier = rung.logvar_features(channels)
+        self.linear = rung.conv(channels, 1, kernel=())
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """Map `[B]` to `[B, 1, 1, 1]`."""
         return self.linear(self.fourier(c_noise)).reshape(-1, 1, 1, 1)
+
+
+class NoUncertainty(nn.Module):
+    """u(σ) = 0, with which the loss is EDM's: config A, and networks that leave it out."""
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """Map `[B]` to zeros `[B, 1, 1, 1]`."""
+        return torch.zeros_like(c_noise).reshape(-1, 1, 1, 1)
 
 
 class Denoiser(nn.Module):
@@ -71,8 +80,11 @@ class Denoiser(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = UNet(config)
-        self.logvar = UncertaintyHead(config.logvar_channels)
+        rung = rung_of(config)
+        self.unet = UNet(config, rung)
+        self.logvar = (
+            UncertaintyHead(config.logvar_channels, rung) if rung.uncertainty else NoUncertainty()
+        )
 
     def forward(
         self,
@@ -156,19 +168,19 @@ def build_model(config: str = "G", **arguments: Any) -> Denoiser:
     """Build a randomly initialised denoiser.
 
     Args:
-        config: Rung of the paper's ladder; "G", the final network, is the one that exists.
+        config: Rung of the paper's ladder, "A" (EDM's network) to "G" (the final one).
         **arguments: Fields of `NetworkConfig`, by their EDM2 names: `img_resolution`,
             `img_channels`, `label_dim`, `model_channels`, `channel_mult`, `num_blocks`,
             `attn_resolutions`, `channels_per_head`, `dropout`, `label_balance`,
             `concat_balance`, `res_balance`, `attn_balance`, `clip_act`, `sigma_data`,
-            `logvar_channels`; and `precision`.
+            `logvar_channels`; and `precision`, and `leave_out`, names of ingredients of the
+            config to build without (`ladder.INGREDIENTS`).
 
     Returns:
         The network, in training mode, drawn from torch's global generator.
 
     Raises:
-        NotImplementedError: For a rung that the paper has and this package has not.
-        ValueError: For arguments that do not fit together.
+        ValueError: For a config that does not exist, or arguments that do not fit together.
         TypeError: For an argument that does not exist.
 
     Example:

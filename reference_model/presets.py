@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reference_model.configs import DIGITS, FASHION_MNIST, NetworkConfig, TrainConfig
+from reference_model.ladder import with_config
 
 MI = 1 << 20
 """Images are counted in units of 2²⁰ where the paper's training lengths are given."""
@@ -29,24 +30,26 @@ EDM2_IMG64 = {
 }
 
 
-def preset(name: str) -> TrainConfig:
+def preset(name: str, config: str = "G") -> TrainConfig:
     """Return a training config by name.
 
     Args:
-        name: One of `PRESETS`.
+        name: One of `PRESETS`, which are of config G.
+        config: Rung of the ladder to train instead, with its own habits (`ladder.with_config`).
 
     Returns:
         The config; change fields with `dataclasses.replace`.
 
     Raises:
-        ValueError: If there is no preset of this name.
+        ValueError: If there is no preset or no rung of this name.
 
     Source:
-        Karras et al. 2024, arXiv:2312.02696, Table 6, for the `edm2-` presets.
+        Karras et al. 2024, arXiv:2312.02696, Table 6, for the `edm2-` presets; Table 1 for the
+        other rungs of `edm2-img512-s`.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return with_config(PRESETS[name], config)
 
 
 def _edm2_img512(channels: int, ref_lr: float, dropout: float, length: int) -> TrainConfig:

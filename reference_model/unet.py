@@ -1,4 +1,4 @@
-"""U-Net wiring shared by all rungs of the ladder, and the table of what each rung is made of.
+"""U-Net wiring shared by all rungs of the ladder; `rungs` says what each is made of.
 
 Encoder levels run from fine to coarse; the decoder returns and takes the encoder's outputs
 last in, first out. Source: Karras et al. 2024, arXiv:2312.02696, Table 1 and App. B.
@@ -6,68 +6,32 @@ last in, first out. Source: Karras et al. 2024, arXiv:2312.02696, Table 1 and Ap
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from reference_model.blocks import MPDecoderBlock, MPEmbedding, MPEncoderBlock, MPOutput
-from reference_model.mp_layers import MPConv, mp_cat
-
 if TYPE_CHECKING:
     from reference_model.configs import NetworkConfig
-
-
-@dataclass(frozen=True)
-class Rung:
-    """Components in which the rungs of the ladder differ; the wiring is common to all.
-
-    Attributes:
-        embedding: Noise level and class to a vector.
-        conv: Convolution of the input layer.
-        encoder_block: Block of the encoder.
-        decoder_block: Block of the decoder.
-        cat: Joins the main path with a skip connection.
-        output: What follows the last decoder block.
-    """
-
-    embedding: type[nn.Module]
-    conv: type[nn.Module]
-    encoder_block: type[nn.Module]
-    decoder_block: type[nn.Module]
-    cat: Callable[..., Tensor]
-    output: type[nn.Module]
-
-
-RUNGS = {
-    "G": Rung(
-        embedding=MPEmbedding,
-        conv=MPConv,
-        encoder_block=MPEncoderBlock,
-        decoder_block=MPDecoderBlock,
-        cat=mp_cat,
-        output=MPOutput,
-    ),
-}
+    from reference_model.rungs import Rung
 
 
 class UNet(nn.Module):
     """The raw network F of Eq. 4: image in, image of the same shape out.
 
     Args:
-        config: Resolution, widths and everything else; `config.config` names the rung.
+        config: Resolution, widths and everything else.
+        rung: What the network is made of.
     """
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, rung: Rung) -> None:
         super().__init__()
-        rung = RUNGS[config.config]
         # The fastest layout for convolutions, pixel norms and attention, which all keep it.
         self.memory_format = torch.channels_last
         self.cat = rung.cat
         self.concat_balance = config.concat_balance
-        self.embedding = rung.embedding(config)
+        self.ones_channel = rung.ones_channel
+        self.embedding = rung.embedding(config, rung)
 
         levels = [
             (config.img_resolution >> level, config.model_channels * mult)
@@ -78,19 +42,19 @@ class UNet(nn.Module):
         resolution, channels = levels[0]
         # One channel more than the image: a constant one stands in for biases.
         self.enc[f"{resolution}x{resolution}_conv"] = rung.conv(
-            config.img_channels + 1, channels, kernel=(3, 3)
+            config.img_channels + rung.ones_channel, channels, kernel=(3, 3)
         )
         skips = [channels]
         for level, (resolution, level_channels) in enumerate(levels):
             name, attention = f"{resolution}x{resolution}", resolution in config.attn_resolutions
             if level > 0:
                 self.enc[f"{name}_down"] = rung.encoder_block(
-                    channels, channels, config, attention=False, down=True
+                    channels, channels, config, rung, attention=False, down=True
                 )
                 skips.append(channels)
             for i in range(config.num_blocks):
                 self.enc[f"{name}_block{i}"] = rung.encoder_block(
-                    channels, level_channels, config, attention=attention
+                    channels, level_channels, config, rung, attention=attention
                 )
                 channels = level_channels
                 skips.append(channels)
@@ -102,22 +66,23 @@ class UNet(nn.Module):
                 # The bottleneck attends at any resolution.
                 for bottleneck, attends in (("in0", True), ("in1", False)):
                     self.dec[f"{name}_{bottleneck}"] = rung.decoder_block(
-                        channels, channels, config, attention=attends
+                        channels, channels, config, rung, attention=attends
                     )
             else:
                 self.dec[f"{name}_up"] = rung.decoder_block(
-                    channels, channels, config, attention=False, up=True
+                    channels, channels, config, rung, attention=False, up=True
                 )
             for i in range(config.num_blocks + 1):
                 self.dec[f"{name}_block{i}"] = rung.decoder_block(
                     channels,
                     level_channels,
                     config,
+                    rung,
                     attention=attention,
                     skip_channels=skips.pop(),
                 )
                 channels = level_channels
-        self.out = rung.output(channels, config.img_channels)
+        self.out = rung.output(channels, config.img_channels, rung)
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         """Evaluate F.
@@ -131,7 +96,8 @@ class UNet(nn.Module):
             `[B, C, H, W]`.
         """
         emb = self.embedding(c_noise, class_labels)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        if self.ones_channel:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         x = x.contiguous(memory_format=self.memory_format)
         stem, *blocks = self.enc.values()
         x = stem(x)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from posthoc_ema.boxes import Box
 from posthoc_ema.errors import StructureError
 from posthoc_ema.snapshot_file import AverageSource, CopySource
 
@@ -16,6 +17,9 @@ FLOATING = frozenset(
     {"F64", "F32", "F16", "BF16", "C64", "C128"}
     | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"}
 )
+T = TypeVar("T")
+R = TypeVar("R")
+
 CHUNK = 1 << 20
 """Elements handed to the snapshot writer at once."""
 
@@ -29,12 +33,21 @@ class TensorSpec:
         shape: Shape in the model.
         dtype: Safetensors name of the model's own type.
         averaged: Averaged, or copied as it is (buffers, integers).
+        part: What this process holds of a tensor that is cut across several; None for the others.
+        first: Whether no other process before this one holds the same part.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     averaged: bool
+    part: Box | None = None
+    first: bool = True
+
+    @property
+    def box(self) -> Box:
+        """What this process holds."""
+        return Box.whole(self.shape) if self.part is None else self.part
 
     @property
     def kept(self) -> str:
@@ -87,6 +100,27 @@ def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+class Ranks(Protocol):
+    """Processes that hold shards of one model, and write snapshots together."""
+
+    @property
+    def number(self) -> int:
+        """Number of this process among them, from 0 on."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What the first process gets from some work, in all of them; or its error."""
+
+    def together(self, work: Callable[[], T], then: Callable[[list[T]], R]) -> R:
+        """All work, the first goes on with what they got, and all get what comes out.
+
+        An error in any process is raised in all of them.
+        """
+
+
 class Tracker(ABC):
     """Averages of one model's tensors, one set for each track.
 
@@ -94,7 +128,11 @@ class Tracker(ABC):
         framework: Name of the framework.
         specs: Tensors in the model's order.
         aliases: Tied names, each with the name that is tracked.
+        ranks: The processes that each hold a part of the tensors, once :meth:`connect` was
+            called; None if this one holds all.
     """
+
+    ranks: Ranks | None = None
 
     framework: str
     specs: list[TensorSpec]
@@ -104,6 +142,10 @@ class Tracker(ABC):
     def averaged(self) -> list[TensorSpec]:
         """Tensors that are averaged."""
         return [spec for spec in self.specs if spec.averaged]
+
+    def connect(self) -> None:
+        """Get ready to write snapshots with other processes, if they hold parts; all call it."""
+        self.ranks = None
 
     @abstractmethod
     def check(self, model: Any) -> None:
@@ -132,13 +174,31 @@ class Tracker(ABC):
     def load(self, track: int, name: str, value: Any) -> None:
         """Set one average from an array of any framework."""
 
+    def check_loadable(self, averages: Mapping[str, Any]) -> None:
+        """Make sure that :meth:`load` will take the averages of one track.
+
+        Raises:
+            StructureError: If names or shapes differ.
+        """
+        expected = {spec.name: spec.shape for spec in self.averaged}
+        found = {name: tuple(value.shape) for name, value in averages.items()}
+        if found != expected:
+            wrong = sorted(
+                name for name in {*found, *expected} if found.get(name) != expected.get(name)
+            )
+            raise StructureError(
+                f"the state's averages do not fit the model: {wrong[0]} has shape "
+                f"{found.get(wrong[0], 'none')} in the state and "
+                f"{expected.get(wrong[0], 'none')} in the model ({len(wrong)} such names)"
+            )
+
     @abstractmethod
     def average_sources(self, track: int) -> list[AverageSource]:
-        """The averages of one track on their way to a file."""
+        """What this process shall write of the averages of one track."""
 
     @abstractmethod
     def copy_sources(self) -> list[CopySource]:
-        """Buffers and integer tensors as they are now."""
+        """What it shall write of buffers and integer tensors, as they are now."""
 
     @abstractmethod
     def assemble(self, averages: Mapping[str, Any]) -> Any:
@@ -162,6 +222,8 @@ def check_specs(bound: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> Non
     for name in now:
         if name in before and now[name].shape != before[name].shape:
             problems.append(f"{name} changed from shape {before[name].shape} to {now[name].shape}")
+        elif name in before and now[name].part != before[name].part:
+            problems.append(f"{name} was cut anew, from {before[name].box} to {now[name].box}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise StructureError(

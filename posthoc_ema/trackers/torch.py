@@ -14,22 +14,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 
 from posthoc_ema import native
-from posthoc_ema.snapshot_file import AverageSource, CopySource
+from posthoc_ema.snapshot_file import AverageSource, CopySource, PartOf
 from posthoc_ema.trackers.base import (
     CHUNK,
     Selection,
+    TensorSpec,
     Tracker,
     check_specs,
     flatten_mapping,
     unflatten_like,
 )
 from posthoc_ema.trackers.torch_model import bind, real_view, restored
+from posthoc_ema.trackers.torch_sharded import (
+    all_agree,
+    is_sharded,
+    local,
+    part_for,
+    reshard,
+    sharded_like,
+)
 
 _KEPT = {"F32": torch.float32, "F64": torch.float64}
 _NATIVE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -96,6 +106,7 @@ class TorchTracker(Tracker):
         self._select, self._model = select, model
         self._binding = bind(model, select, first=True)
         self.specs, self.aliases = self._binding.specs, self._binding.aliases
+        self._specs = {spec.name: spec for spec in self.specs}
         self._places: dict[str, _Place] = {}
         pools: dict[tuple[torch.dtype, torch.device], _Pool] = {}
         for spec in self.averaged:
@@ -119,6 +130,8 @@ class TorchTracker(Tracker):
     def check(self, model: Any) -> None:
         """Notice replaced, moved or converted tensors without walking the module."""
         binding = self._binding
+        if model is self._model and binding.sharded and not binding.is_current():
+            reshard(model)  # a forward pass without a backward pass leaves parameters gathered
         if model is not self._model or not binding.is_current():
             binding = bind(model, self._select)
             check_specs(self.specs, binding.specs)
@@ -130,9 +143,15 @@ class TorchTracker(Tracker):
             self._binding = binding
             self._plan()
 
-    @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether all weights to be averaged are finite; waits for the device once."""
+        """Whether all weights to be averaged are finite; waits for the device once.
+
+        Of sharded weights, in all processes: they must do the same.
+        """
+        return all_agree(self._binding.sharded, self._is_finite())
+
+    @torch.no_grad()
+    def _is_finite(self) -> bool:
         if not all(tensors.is_finite() for tensors in self._compiled):
             return False
         by_device: dict[torch.device, list[torch.Tensor]] = {}
@@ -175,37 +194,71 @@ class TorchTracker(Tracker):
     def average(self, track: int, name: str) -> torch.Tensor:
         """A copy of one average, in the memory order of its parameter."""
         values = self._places[name].of(track).clone()
-        return torch.view_as_complex(values) if self._places[name].complex else values
+        values = torch.view_as_complex(values) if self._places[name].complex else values
+        return sharded_like(values, self._binding.tensors[name])
+
+    def check_loadable(self, averages: Mapping[str, Any]) -> None:
+        """Names and shapes, and that this process's part is there."""
+        super().check_loadable(averages)
+        for spec in self.averaged:
+            part_for(spec.name, averages[spec.name], spec.box, spec.shape)
 
     @torch.no_grad()
     def load(self, track: int, name: str, value: Any) -> None:
         """Set one average."""
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        spec = self._specs[name]
+        part = part_for(name, value, spec.box, spec.shape)
+        tensor = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.array(part))
         self._places[name].of(track).copy_(real_view(tensor))
 
+    def connect(self) -> None:
+        """Meet the other processes, if tensors are cut across several."""
+        sharded = [tensor for tensor in self._binding.tensors.values() if is_sharded(tensor)]
+        if sharded:
+            from posthoc_ema.trackers.torch_ranks import Ranks
+
+            self.ranks = Ranks(sharded)
+
     def average_sources(self, track: int) -> list[AverageSource]:
-        """The averages of one track on their way to a file."""
+        """What this process shall write of the averages of one track."""
         return [
             AverageSource(
                 spec.name,
-                spec.kept_shape,
+                self._places[spec.name].shape,
                 spec.kept,
                 spec.dtype,
                 partial(_chunks, self._places[spec.name].of(track)),
+                self._part(spec, spec.kept_shape),
             )
             for spec in self.averaged
+            if self._writes(spec)
         ]
 
     def copy_sources(self) -> list[CopySource]:
-        """Buffers and integer tensors as they are now."""
+        """What it shall write of buffers and integer tensors, as they are now."""
         self._rebind()
         sources = []
         for spec in self.specs:
-            if not spec.averaged:
-                tensor = self._binding.tensors[spec.name].detach().cpu().contiguous()
+            if not spec.averaged and self._writes(spec):
+                tensor = local(self._binding.tensors[spec.name]).detach().cpu().contiguous()
                 data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else _NOTHING
-                sources.append(CopySource(spec.name, spec.shape, spec.dtype, data))
+                part = self._part(spec, spec.shape) if spec.part else None
+                shape = tuple(tensor.shape)
+                sources.append(CopySource(spec.name, shape, spec.dtype, data, part))
         return sources
+
+    def _writes(self, spec: TensorSpec) -> bool:
+        """Whether it is this process that writes what it holds of a tensor."""
+        if self.ranks is None:
+            return True
+        if spec.part is None or not prod(spec.shape):
+            return self.ranks.number == 0
+        return spec.first and spec.part.count > 0
+
+    def _part(self, spec: TensorSpec, whole: tuple[int, ...]) -> PartOf | None:
+        if self.ranks is None:
+            return None
+        return PartOf((*spec.box.offsets, 0)[: len(whole)], whole)  # complex: an axis more
 
     def assemble(self, averages: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict with unwrapped names (or a mapping of the given form)."""

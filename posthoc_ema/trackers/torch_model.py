@@ -19,6 +19,14 @@ from posthoc_ema.trackers.base import (
     flatten_mapping,
     unique_names,
 )
+from posthoc_ema.trackers.torch_sharded import (
+    box_of,
+    check_sharded,
+    check_wrapper,
+    is_sharded,
+    local,
+    reshard,
+)
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -45,8 +53,10 @@ class Binding:
     held: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
-        self._averaged = [self.tensors[spec.name] for spec in self.specs if spec.averaged]
-        self._as_bound = [tensor.detach() for tensor in self._averaged]
+        averaged = [self.tensors[spec.name] for spec in self.specs if spec.averaged]
+        self.sharded = [tensor for tensor in averaged if is_sharded(tensor)]
+        self._whole = [tensor for tensor in averaged if not is_sharded(tensor)]
+        self._as_bound = [local(tensor).detach() for tensor in (*self._whole, *self.sharded)]
         self._views = [holder.values() for holder in self.holders]  # live, without a walk
 
     def is_current(self) -> bool:
@@ -59,7 +69,8 @@ class Binding:
 
         One of them changes when ``.data`` is replaced.
         """
-        return all(map(torch.Tensor.is_set_to, self._averaged, self._as_bound))
+        tensors = chain(self._whole, map(local, self.sharded)) if self.sharded else self._whole
+        return all(map(torch.Tensor.is_set_to, tensors, self._as_bound))
 
     def current_specs(self) -> list[TensorSpec]:
         """The specs with the shapes of this moment: ``.data`` may have been replaced."""
@@ -67,17 +78,19 @@ class Binding:
 
     def is_lazy(self, name: str) -> bool:
         """Whether memory holds the conjugate or negative of the values."""
-        return self.tensors[name].is_conj() or self.tensors[name].is_neg()
+        tensor = local(self.tensors[name])
+        return tensor.is_conj() or tensor.is_neg()
 
     def real(self, name: str) -> torch.Tensor:
-        """One tensor, detached, complex numbers as pairs of reals."""
-        return real_view(self.tensors[name].detach())
+        """What this process holds of one tensor, detached, complex numbers as pairs of reals."""
+        return real_view(local(self.tensors[name]).detach())
 
 
 def bind(model: Any, select: Selection, first: bool = False) -> Binding:
     """Find all tensors of a model by their unwrapped names."""
     holders: Sequence[Mapping[str, Any]]
     if isinstance(model, torch.nn.Module):
+        reshard(model)
         named, holders = _walk(_unwrap(model))
         parameters = {id(parameter) for parameter in model.parameters()}
     else:
@@ -100,7 +113,8 @@ def bind(model: Any, select: Selection, first: bool = False) -> Binding:
         tensors[name] = tensor
         dtype = DTYPES[tensor.dtype]
         averaged = id(tensor) in parameters and dtype in FLOATING
-        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, averaged))
+        part = box_of(tensor) if is_sharded(tensor) else (None, True)
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, averaged, *part))
     held = list(chain.from_iterable(holder.values() for holder in holders))
     return Binding(specs, tensors, aliases, holders, held)
 
@@ -110,6 +124,7 @@ def _walk(model: torch.nn.Module) -> tuple[list[tuple[str, torch.Tensor]], list[
     named: list[tuple[str, torch.Tensor]] = []
     holders: list[dict[str, Any]] = []
     for prefix, module in model.named_modules(remove_duplicate=False):
+        check_wrapper(prefix, module)
         path = [part for part in prefix.split(".") if part and part not in _WRAPPERS]
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -135,7 +150,7 @@ def restored(model: Any, changed: Sequence[torch.Tensor]) -> Iterator[None]:
     places = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers, m._modules)]
     everything.update({id(tensor): tensor for tensor in changed})
     copied = {id(tensor) for tensor in changed}
-    storages = [(tensor, tensor.detach()) for tensor in everything.values()]
+    storages = [(tensor, local(tensor).detach()) for tensor in everything.values()]
     saved = [
         (storage, storage.clone())
         for tensor, storage in storages
@@ -143,14 +158,20 @@ def restored(model: Any, changed: Sequence[torch.Tensor]) -> Iterator[None]:
         or tensor.requires_grad
         or not isinstance(tensor, torch.nn.Parameter)
     ]
+    failed = True
     try:
         yield
+        failed = False
     finally:
+        reshard(model, failed)
         with torch.no_grad():
             for storage, copy in saved:
                 storage.copy_(copy)
             for tensor, storage in storages:
-                tensor.data = storage
+                if not is_sharded(tensor):  # FSDP moves the others' memory where it must be
+                    tensor.data = storage
+                elif not local(tensor).is_set_to(storage):
+                    local(tensor).copy_(storage)
         for place, held in places:
             place.clear()
             place.update(held)
@@ -184,12 +205,12 @@ def _check_tensor(name: str, tensor: Any) -> None:
     problem = None
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
         problem = "is not initialised yet; run the model once before the first update"
-    elif hasattr(tensor, "to_local"):
-        problem = "is a DTensor (FSDP2, tensor parallel), which this version cannot track"
     elif tensor.is_meta:
         problem = "is on the meta device and holds no values; materialise the model first"
     elif tensor.layout != torch.strided or tensor.dtype not in DTYPES:
         problem = f"has layout {tensor.layout} and type {tensor.dtype}, which cannot be stored"
+    elif is_sharded(tensor):
+        problem = check_sharded(name, tensor)
     if problem:
         raise StructureError(f"{name} {problem} (or leave it out with exclude={name!r})")
 

@@ -10,13 +10,15 @@ from import_graph import foreign_imports, layer_violations, private_imports
 
 # Lowest first. A module imports only from layers below its own; `cli` counts as one module.
 LAYERS = [
-    ["errors", "quadrature", "blocks", "workers"],
+    ["errors", "quadrature", "blocks", "boxes", "workers"],
     ["native"],
     ["conversion", "encoding"],
     ["profiles", "arrays", "tensorfile", "kernels"],
-    ["schedule", "movement", "snapshot_file", "journal"],
-    ["solve", "chain", "snapshot_writing", "sinks", "request", "trackers.base"],
-    ["evidence", "streaming"],
+    ["schedule", "movement", "reading", "journal"],
+    ["parts", "locking"],
+    ["snapshot_file"],
+    ["solve", "chain", "consistency", "snapshot_writing", "sinks", "request", "trackers.base"],
+    ["evidence", "streaming", "parts_writing"],
     ["prediction"],
     ["reencode"],
     ["snapshots"],
@@ -25,11 +27,14 @@ LAYERS = [
         "convert",
         "selection",
         "trackers.numpy",
-        "trackers.torch_model",
+        "trackers.torch_sharded",
+        "trackers.torch_ranks",
         "trackers.__init__",
     ],
+    ["trackers.torch_model"],
     ["forecast", "planning", "thinning", "evaluations", "trackers.torch", "trackers.jax"],
     ["sweep", "plots", "plan", "pruning", "trackers.pick"],
+    ["recording"],
     ["ema"],
     ["cli", "cli.*"],
     ["__init__", "__main__"],
@@ -39,6 +44,7 @@ LAYERS = [
 # command line runs where no framework is installed.
 NEVER = [
     ("trackers.*", "reconstruct"), ("ema", "reconstruct"), ("ema", "solve"),
+    ("recording", "reconstruct"),
     ("cli*", "trackers*"), ("cli*", "ema"), ("plots", "trackers*"), ("sweep", "trackers*"),
 ]  # fmt: skip
 
@@ -52,7 +58,7 @@ HOMES = {
     "tqdm": ["convert", "reconstruct", "sweep", "cli.*"],
     "click": ["cli", "cli.*"],
     "matplotlib": ["plots"],
-    "torch": ["arrays", "trackers.torch", "trackers.torch_model"],
+    "torch": ["arrays", "trackers.torch*"],
     "jax": ["arrays", "trackers.jax"],
 }
 

@@ -103,12 +103,15 @@ def test_training_does_not_go_on_beside_foreign_files(tmp_path: Path) -> None:
 # Versions ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [2, 17, 0, "1", None, 1.5])
+@pytest.mark.parametrize("version", [3, 17, 0, "1", None, 1.5])
 def test_other_format_versions(folder: Path, version: Any) -> None:
     snapshot = last_of(folder)
     rewrite(snapshot.path, lambda c: c.metadata.update(format_version=version))
     assert_refused(
-        folder, snapshot.path, SnapshotVersionError, "this library reads 1; upgrade posthoc-ema"
+        folder,
+        snapshot.path,
+        SnapshotVersionError,
+        "this library reads 1 and 2; upgrade posthoc-ema",
     )
 
 

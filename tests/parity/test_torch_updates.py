@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posthoc_ema import EMA, SnapshotStore, StructureError, native
+from posthoc_ema import EMA, SnapshotStore, native
 from tests.parity.torch_runs import SIGMA, Recorder, jitter, recorded, train
 
 # Wrappers ------------------------------------------------------------------------------------
@@ -211,19 +211,3 @@ def test_models_that_cannot_be_copied(tmp_path: Any) -> None:
     recorder.check()
     with ema.applied(module):
         pass
-
-
-def test_sharded_parameters_are_refused_by_name(tmp_path: Any) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
-
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        model = {"plain": torch.ones(2), "sharded": distribute_tensor(torch.ones(4), mesh)}
-        with pytest.raises(StructureError, match=r"sharded is a DTensor \(FSDP2"):
-            EMA(sigma_rel=SIGMA).update(model)
-    finally:
-        torch.distributed.destroy_process_group()

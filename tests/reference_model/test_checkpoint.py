@@ -16,6 +16,7 @@ from reference_model.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
+from reference_model.checkpoint_shards import Rows
 
 
 def test_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
@@ -73,3 +74,17 @@ def test_checkpoint_with_code_is_refused(tmp_path: Path) -> None:
     # Twin: the same file does harm where loading runs code.
     torch.load(tmp_path / "checkpoint.pt", weights_only=False, pickle_module=pickle)
     assert (tmp_path / "attacked").exists()
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"nimg": 3, "shards": ["checkpoint-3/1-of-1.pt"]})
+    with pytest.raises(RunDirError, match=r"1-of-1\.pt cannot be read .*; remove checkpoint\.pt"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (2, 2), (4, 5)])
+def test_rows_come_from_all_pieces(start: int, stop: int) -> None:
+    whole = torch.arange(10).reshape(5, 2)
+    rows = Rows((5, 2), [(0, whole[:2]), (2, whole[2:4]), (4, whole[4:]), (5, whole[5:])])
+    assert rows.read(start, stop).tolist() == whole[start:stop].tolist()
+    assert rows.read().tolist() == whole.tolist()

@@ -1,0 +1,151 @@
+"""Building blocks of configs A to E, whose residual branches normalise groups of channels.
+
+Encoder and decoder use the same block. Submodules are created in the order in which `blocks`
+creates those of F and G: conv0, embedding linear, conv1, skip, qkv, projection, with a norm
+before what it feeds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference_model.blocks import clip, main_path_conv
+from reference_model.dropout import ImageDropout
+
+if TYPE_CHECKING:
+    from reference_model.configs import NetworkConfig
+    from reference_model.rungs import Rung
+
+
+class GroupNormResidual(nn.Module):
+    """Residual branch: norm, SiLU, resampling, convolution; norm, modulation, SiLU, convolution.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the result.
+        config: Embedding width and dropout.
+        rung: Layers, norm and modulation.
+        down: Whether to halve the resolution by 2×2 means.
+        up: Whether to double it by repeating pixels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: NetworkConfig,
+        rung: Rung,
+        *,
+        down: bool = False,
+        up: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm0 = rung.norm(in_channels)
+        self.down = nn.AvgPool2d(2) if down else nn.Identity()
+        self.conv0 = rung.conv(in_channels, out_channels, kernel=(3, 3), up=up)
+        self.emb_linear = rung.conv(
+            config.emb_channels, out_channels * rung.modulation_width, kernel=()
+        )
+        self.modulate = rung.modulation
+        self.norm1 = rung.norm(out_channels)
+        self.conv1 = rung.last_conv(out_channels, out_channels, kernel=(3, 3))
+        self.dropout = ImageDropout(config.dropout)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, …]` at the block's resolution."""
+        y = self.conv0(self.down(F.silu(self.norm0(x))))
+        y = self.modulate(self.norm1(y), self.emb_linear(emb))
+        return self.conv1(self.dropout(F.silu(y)))
+
+
+class SoftmaxAttention(nn.Module):
+    """Self-attention of configs A and B: a group norm before it, dot products in float32.
+
+    Args:
+        channels: Channels of input and result.
+        config: `channels_per_head`.
+        rung: Layers and norm.
+    """
+
+    def __init__(self, channels: int, config: NetworkConfig, rung: Rung) -> None:
+        super().__init__()
+        self.heads = config.num_heads(channels)
+        self.norm = rung.norm(channels)
+        self.qkv = rung.conv(channels, 3 * channels, kernel=(1, 1))
+        self.proj = rung.last_conv(channels, channels, kernel=(1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, C, H, W]` to the same shape."""
+        # Stored is, slowest first: head, channel of the head, query/key/value.
+        y = self.qkv(self.norm(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
+        q, k, v = y.permute(3, 0, 1, 4, 2)  # (B, heads, HW, C / heads)
+        if x.element_size() < 4:  # nothing bounds the logits
+            q, k, v = q.float(), k.float(), v.float()
+        y = F.scaled_dot_product_attention(q, k, v)  # logits divided by √(C / heads)
+        return x + self.proj(y.to(x.dtype).transpose(2, 3).reshape(x.shape))
+
+
+class GroupNormBlock(nn.Module):
+    """Block of encoder or decoder: residual branch and main path, then attention.
+
+    Args:
+        in_channels: Channels from the block before.
+        out_channels: Channels of the result.
+        config: Sizes.
+        rung: Layers.
+        attention: Whether self-attention follows the residual branch.
+        down: Whether the block halves the resolution.
+        up: Whether the block doubles the resolution.
+        skip_channels: Channels of the encoder output that the network concatenates to the
+            input of this block; 0 for none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: NetworkConfig,
+        rung: Rung,
+        *,
+        attention: bool,
+        down: bool = False,
+        up: bool = False,
+        skip_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        total = in_channels + skip_channels
+        self.skip_channels = skip_channels
+        self.clip_act = config.clip_act
+        self.residual = GroupNormResidual(total, out_channels, config, rung, down=down, up=up)
+        self.resample = (
+            nn.AvgPool2d(2) if down else nn.Upsample(scale_factor=2) if up else nn.Identity()
+        )
+        self.skip = main_path_conv(total, out_channels, rung)
+        self.attention = rung.attention(out_channels, config, rung) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `[B, in + skip, H, W]` and `[B, emb]` to `[B, out, …]`, resampled if need be."""
+        x = self.residual(x, emb) + self.skip(self.resample(x))
+        return clip(self.attention(x), self.clip_act)
+
+
+class GroupNormOutput(nn.Module):
+    """Last layers: norm, SiLU, convolution.
+
+    Args:
+        in_channels: Channels of the last decoder block.
+        out_channels: Channels of the image.
+        rung: Layers and norm.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, rung: Rung) -> None:
+        super().__init__()
+        self.norm = rung.norm(in_channels)
+        self.conv = rung.last_conv(in_channels, out_channels, kernel=(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, in, H, W]` to `[B, out, H, W]`."""
+        return self.conv(F.silu(self.norm(x)))
