@@ -19,6 +19,7 @@ from reference_model.cli_protocol import chosen_protocol
 from reference_model.demo import QUICK
 from reference_model.guidance import Guide
 from reference_model.judge import Judge
+from reference_model.points import Point
 from reference_model.protocol import Protocol
 from reference_model.sweep_record import load_record
 
@@ -57,7 +58,7 @@ def test_several_lengths_and_the_raw_weights_at_once(run_dir: Path):
     assert record is not None
     for row, sigma_rel in zip(data["measurements"], (None, 0.07, 0.2), strict=True):
         assert row["sigma_rel"] == sigma_rel
-        found = record.find(sigma_rel)
+        found = record.find(Point(sigma_rel, 800))
         assert found is not None
         assert row["distance"] == found.distance
         assert row["standard_error"] == found.error
@@ -108,7 +109,7 @@ def test_a_folder_of_generated_images_has_the_distance_of_its_weights(run_dir: P
     (row,) = measure(run_dir, *folders)["measurements"]
     record = load_record(run_dir)
     assert record is not None
-    found = record.find(0.1)
+    found = record.find(Point(0.1, 800))
     assert found is not None
     # Another batch size sums in another order: a pixel may round to the next of 255 levels.
     assert row["distances"] == pytest.approx(found.distances, rel=1e-2)
