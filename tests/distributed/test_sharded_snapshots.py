@@ -81,7 +81,7 @@ def write(rank: int, number: int, folder: Path) -> None:
         train(model, tracker(folder / encoding, encoding=encoding), 0, 7)
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_snapshots_equal_those_of_one_process(tmp_path: Path, number: int) -> None:
     """Five and three rows among two or four: on four, some hold nothing of a tensor."""
     run_ranks(number, write, tmp_path)
