@@ -85,12 +85,18 @@ static uint16_t bfloat16_above(float value) { return (uint16_t)((bits_of(value) 
 
 /* out[k] += sum_i coefficients[k, i] (stored_i - base), for all k.
 
-   stored: `files` pointers to `count` numbers of `type`. base: `count` numbers, or NULL for zeros.
+   stored: `files` pointers to `count` numbers of `type`; a multiple of ROWS, filled up by repeating
+   the first of a group with a coefficient of zero. base: `count` numbers, or NULL for zeros.
    coefficients: [targets, files]. out: `targets` rows of `count` numbers, `stride` apart. */
 EXPORT void combine(int type, int64_t files, const uint8_t *const *stored, int64_t count,
                     const float *base, int64_t targets, const float *coefficients, double *out,
                     int64_t stride) {
   BEST(combine)(type, files, stored, count, base, targets, coefficients, out, stride);
+}
+
+/* out = total + base; whether all of it is finite. */
+EXPORT int finish(const double *total, const float *base, int64_t count, float *out) {
+  return BEST(finish)(total, base, count, out);
 }
 
 /* Stored numbers to floats. */

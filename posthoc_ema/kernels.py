@@ -41,6 +41,12 @@ def combine(
     if library is None or coefficients.dtype != np.float32 or dtype not in native.TYPES:
         _combine(rows, dtype, base, coefficients, out)
         return
+    # In groups of as many, filled up with what counts nothing.
+    files = len(rows)
+    short = -files % native.TOGETHER
+    if short:
+        rows = [*rows, *[rows[files // native.TOGETHER * native.TOGETHER]] * short]
+        coefficients = np.pad(coefficients, ((0, 0), (0, short)))
     pointers = native.addresses(rows)
     library.combine(
         native.TYPES[dtype],
@@ -53,6 +59,32 @@ def combine(
         native.address(out),
         out.strides[0] // out.itemsize,
     )
+
+
+def finish(total: NDArray[np.float64], base: NDArray[Any], out: NDArray[Any]) -> bool:
+    """``out = total + base``, and whether all of it is finite.
+
+    Args:
+        total: ``[k, m]`` float64.
+        base: ``[m]`` of the type of ``out``.
+        out: ``[k, m]`` float32, or float64, rows contiguous.
+
+    Returns:
+        False if a result is NaN or infinite.
+    """
+    library = native.library()
+    if library is not None and out.dtype == np.float32:
+        found = [
+            library.finish(
+                native.address(row), native.address(base), len(row), native.address(result)
+            )
+            for row, result in zip(total, out, strict=True)
+        ]
+        return all(found)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, total + base, casting="same_kind")
+        # A sum is finite only if all of it is; but that of large numbers may overflow.
+        return bool(np.isfinite(out.sum()) or np.isfinite(out).all())
 
 
 def _combine(

@@ -31,6 +31,9 @@ ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 _WORTH_THREADS = 1 << 20  # elements; fewer are moved before another thread has begun
 _PARTS = 8  # for each thread
 
+TOGETHER = 8
+"""Files combined at once: ROWS in _native.c."""
+
 
 @cache
 def library() -> Any:
@@ -55,6 +58,7 @@ def library() -> Any:
             None,
             [number, count, pointer, count, pointer, count, pointer, pointer, count],
         ),
+        "finish": (number, [pointer, pointer, count, pointer]),
         "decode": (None, [number, pointer, count, pointer]),
         "encode": (
             ctypes.c_double,

@@ -130,8 +130,8 @@ def reconstruct(
         verify: Compare the digests of all files on the way. Without, a pass takes about two
             thirds of the time, and damaged files give wrong weights.
         part: ``(i, n)``: the i-th of n parts, from 1 on, of about equal size, for as many
-            processes or machines; needs ``out``. Each writes a file, tensors as in one process,
-            and the last to end the index that makes them one result. Snapshots are then read
+            processes or machines; needs ``out``. Each writes a file, and
+            the last to end the index that makes them one result. Snapshots are then read
             in part, and their digests not checked.
 
     Returns:

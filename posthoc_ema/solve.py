@@ -222,18 +222,23 @@ class _Kriging:
         x[:, j] = 1
         if not len(others):
             return x, 1.0
-        # One array, filled in place: with a thousand inputs each copy of it counts.
-        system = np.zeros((len(rows) + n, n - 1 + goal.shape[1]))
-        design, right = system[:, : n - 1], system[:, n - 1 :]
-        np.subtract(rows[:, others], rows[:, [j]], out=design[: len(rows)])
-        design[len(rows) + np.arange(n - 1), np.arange(n - 1)] = sigma[others]
-        design[-1] = -sigma[j]
-        np.subtract(goal, rows[:, [j]], out=right[: len(rows)])
-        right[-1] = -sigma[j]
-        scale = np.sqrt(np.einsum("ij,ij->j", design, design))
+        # With a thousand inputs each copy counts: arrays filled in place, and one factorisation
+        # after the other, of the profiles and then of the noise below what remains of them.
+        right = goal.shape[1]
+        system = np.empty((len(rows), n - 1 + right))
+        for column, i in enumerate(others):
+            np.subtract(rows[:, i], rows[:, j], out=system[:, column])
+        np.subtract(goal, rows[:, [j]], out=system[:, n - 1 :])
+        square = np.einsum("ij,ij->j", system, system)[: n - 1]
+        scale = np.sqrt(square + self.noise[others] + self.noise[j])
         scale[scale == 0] = 1  # a copy of input j, free of noise: nothing to choose
-        design /= scale
-        triangle = np.asarray(np.linalg.qr(system, mode="r"))
+        system[:, : n - 1] /= scale
+        system = np.asarray(np.linalg.qr(system, mode="r"))
+        below = np.zeros((n, n - 1 + right))
+        below[np.arange(n - 1), np.arange(n - 1)] = sigma[others] / scale
+        below[-1, : n - 1] = -sigma[j] / scale
+        below[-1, n - 1 :] = -sigma[j]
+        triangle = np.asarray(np.linalg.qr(np.concatenate([system, below]), mode="r"))
         z, condition = _solve_triangle(triangle[: n - 1, : n - 1], triangle[: n - 1, n - 1 :])
         z /= scale[:, None]
         x[:, others] = z.T
@@ -245,7 +250,7 @@ class _Kriging:
         return (misfit**2).sum(0) + (x**2) @ self.noise
 
     def nearest_square(self) -> NDArray[np.float64]:
-        square = (self.rows**2).sum(0)[:, None] - 2 * self.rows.T @ self.goal
+        square = np.einsum("ij,ij->j", self.rows, self.rows)[:, None] - 2 * self.rows.T @ self.goal
         square += (self.goal**2).sum(0)
         return (np.maximum(square, 0) + self.noise[:, None]).min(0)
 

@@ -20,7 +20,7 @@ from posthoc_ema.blocks import BLOCK
 from posthoc_ema.chain import is_residual, stored_coefficients, with_inputs
 from posthoc_ema.encoding import Digest, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
-from posthoc_ema.kernels import combine
+from posthoc_ema.kernels import combine, finish
 from posthoc_ema.reading import Check, Reader
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
@@ -184,17 +184,13 @@ class _Reader:
                     values = np.empty(count, dtype)
                     decode_into(stored[files.index(i)], stored_as, values)
                     exact.append((target, values))
-        total += base
         out = self._buffer("out", len(run.coefficients) * count * dtype.itemsize).view(dtype)
         out = out.reshape(total.shape)
-        with np.errstate(over="ignore"):
-            np.copyto(out, total, casting="same_kind")
+        finite = finish(total, base, out)
         for target, values in exact:
             out[target] = values
-        with np.errstate(invalid="ignore", over="ignore"):
-            # A sum is finite only if all of it is; but that of large numbers may overflow.
-            if not (np.isfinite(out.sum()) or np.isfinite(out).all()):
-                _raise_non_finite(self._snapshots, run, start, out)
+        if not (finite or np.isfinite(out).all()):  # those put in place may be all right
+            _raise_non_finite(self._snapshots, run, start, out)
         write(start, out)
         return count
 

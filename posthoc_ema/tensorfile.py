@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -50,12 +51,12 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int = 0
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of elements."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Number of bytes."""
         return stored_size(self.dtype, self.count)

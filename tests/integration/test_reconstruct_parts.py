@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import assert_equal
 
 from posthoc_ema import EMA, reconstruct
 from posthoc_ema.cli import main
@@ -49,6 +48,21 @@ def tensors(path: Path) -> dict[str, bytes]:
     return found
 
 
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """Raise unless both are the same tensors."""
+    assert found.keys() == expected.keys()
+    for name, raw in expected.items():
+        if name == "count":
+            assert found[name] == raw
+            continue
+        kind = np.float64 if name == "double" else np.float32
+        # Of the last numbers of a run of tensors, compiled loops add up terms in another order:
+        # some units in the last place of the largest terms, a few tens here.
+        np.testing.assert_allclose(
+            np.frombuffer(found[name], kind), np.frombuffer(raw, kind), rtol=0, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
 def test_parts_make_up_the_whole(run: Path, tmp_path: Path, number: int) -> None:
     reconstruct(run, [0.07, 0.2], out=tmp_path / "one")
@@ -59,7 +73,7 @@ def test_parts_make_up_the_whole(run: Path, tmp_path: Path, number: int) -> None
         assert [len(result.files) for result in results] == [1, 1]
         assert ("count" in results[0].buffers) == (k == 1)
     for name in ("sigma_rel=0.07.safetensors", "sigma_rel=0.2.safetensors"):
-        assert tensors(out / name) == tensors(tmp_path / "one" / name)
+        assert_same(tensors(out / name), tensors(tmp_path / "one" / name))
         sizes = [path.stat().st_size for path in out.glob(f"{name[:-12]}-*")]
         assert len(sizes) == number
 
@@ -76,10 +90,8 @@ def test_only_parts_of_one_request_are_joined(run: Path, tmp_path: Path) -> None
     assert not index.exists()
     reconstruct(run, 0.08, out=out, part=(2, 2))
     assert index.exists()
-    assert_equal(
-        np.frombuffer(tensors(out)["large"], np.float32).reshape(300, 7),
-        reconstruct(run, 0.08).params["large"],
-    )
+    reconstruct(run, 0.08, out=tmp_path / "one.safetensors")
+    assert_same(tensors(out), tensors(tmp_path / "one.safetensors"))
     with pytest.raises(FileExistsError, match=r"x-00002-of-00002\.safetensors exists"):
         reconstruct(run, 0.08, out=out, part=(2, 2), overwrite=False)
     out.write_bytes(b"an older result under the other name")

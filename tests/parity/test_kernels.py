@@ -14,7 +14,7 @@ import pytest
 from posthoc_ema import EMA, native, reconstruct
 from posthoc_ema.blocks import BITS
 from posthoc_ema.encoding import decode_into, encode, measure, stored_size
-from posthoc_ema.kernels import combine
+from posthoc_ema.kernels import combine, finish
 from tests.parity.runs import record
 
 COMPILED = native.library()
@@ -107,9 +107,9 @@ def test_rounding_is_told(loops: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("targets", [1, 2, 7])
-@pytest.mark.parametrize("count", [1, 511, 1024, 1025, 40_000])
+@pytest.mark.parametrize("count", [1, 511, 1024, 1025, 9_000])
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", *BLOCKS])
-@pytest.mark.parametrize("files", [1, 4, 6])
+@pytest.mark.parametrize("files", [1, 6, 8, 19])
 def test_combinations(loops: str, dtype: str, count: int, targets: int, files: int) -> None:
     rng = np.random.default_rng(count)
     kind = np.float64 if dtype == "F64" else np.float32
@@ -124,8 +124,8 @@ def test_combinations(loops: str, dtype: str, count: int, targets: int, files: i
     combine(rows, dtype, base, coefficients, found[:, :count])  # rows apart in memory
     differences = decoded.astype(np.longdouble) - (0 if base is None else base)
     exact = before[:, :count] + coefficients.astype(np.longdouble) @ differences
-    # Seven terms of a few, each product and sum rounded.
-    assert np.abs(found[:, :count] - exact).max() <= 200 * np.finfo(kind).eps
+    # Up to nineteen terms of a few, each product and sum rounded.
+    assert np.abs(found[:, :count] - exact).max() <= 400 * np.finfo(kind).eps
     assert np.array_equal(found[:, count:], before[:, count:])
 
 
@@ -238,3 +238,16 @@ def test_tensors_tracked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, values in plain.items():
         # Each of five steps rounds a float32 of about four.
         assert (compiled[name] - values).abs().max() <= 5 * 4 * 2**-23, name
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 1003])
+def test_finishing_adds_and_finds_what_is_not_finite(loops: str, count: int) -> None:
+    rng = np.random.default_rng(count)
+    total, base = rng.normal(size=(2, count)), rng.normal(size=count).astype(np.float32)
+    out = np.empty((2, count), np.float32)
+    assert finish(total, base, out)
+    assert np.array_equal(out, (total + base).astype(np.float32))
+    for bad in (np.nan, np.inf, -np.inf, 1e39):  # the last one overflows float32
+        broken = total.copy()
+        broken[1, count // 2] = bad
+        assert not finish(broken, base, out)
