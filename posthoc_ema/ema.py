@@ -18,7 +18,7 @@ from posthoc_ema.schedule import Every, Schedule, update_weight
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
 from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.trackers.base import Selection, Tracker
-from posthoc_ema.trackers.pick import make_tracker
+from posthoc_ema.trackers.pick import common_run_id, make_tracker
 
 STATE_VERSION = 1
 NONFINITE = ("ignore", "skip", "raise")
@@ -413,6 +413,8 @@ class EMA:
             tracker.connect()
             if tracker.ranks is not None:
                 self._run_id = tracker.ranks.first(lambda: self._run_id)
+            elif self._t == 0:
+                self._run_id = common_run_id(self._run_id)
         self._tracker = tracker
 
     def _load_into(self, tracker: Tracker, averages: Sequence[Mapping[str, Any]]) -> None:

@@ -93,9 +93,7 @@ class FileCheck:
     ) -> None:
         self._path, self._section, self._expected = path, section, expected
         self._entries = entries
-        ends = list(accumulate(entry.nbytes for entry in entries))
-        self._starts = [0, *ends][: len(entries)]
-        self._digest = Digest(ends[-1] if ends else 0)
+        self._digest = Digest(sum(entry.nbytes for entry in entries))
 
     def add(self, start: int, data: NDArray[np.uint8]) -> None:
         """Take in what was read."""
@@ -105,9 +103,10 @@ class FileCheck:
         """Read what was not added, and compare."""
         missing = list(self._digest.missing())
         if missing:
+            starts = list(accumulate((entry.nbytes for entry in self._entries), initial=0))[:-1]
             with open_file(self._path) as file:
                 for start, size in missing:
-                    self._digest.add(start, self._piece(file, start, size))
+                    self._digest.add(start, self._piece(file, starts, start, size))
                     progress(size)
         if self._digest.hexdigest() != self._expected:
             raise CorruptSnapshotError(
@@ -116,12 +115,14 @@ class FileCheck:
                 "to reconstruct from the others"
             )
 
-    def _piece(self, file: Reader, start: int, size: int) -> NDArray[np.uint8]:
+    def _piece(
+        self, file: Reader, starts: Sequence[int], start: int, size: int
+    ) -> NDArray[np.uint8]:
         """From the tensor in which a piece begins to that in which it ends."""
         piece = np.empty(size, np.uint8)
-        k, filled = bisect_right(self._starts, start) - 1, 0
+        k, filled = bisect_right(starts, start) - 1, 0
         while filled < size:
-            skip = start + filled - self._starts[k]
+            skip = start + filled - starts[k]
             part = min(self._entries[k].nbytes - skip, size - filled)
             file.read(self._entries[k].offset + skip, piece[filled : filled + part])
             filled, k = filled + part, k + 1

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_framework
-from posthoc_ema.errors import SnapshotError
+from posthoc_ema.arrays import check_framework
 from posthoc_ema.evidence import Evidence, gather_evidence
+from posthoc_ema.loading import load_files, loaded, stamps_of
+from posthoc_ema.partition import Partition
 from posthoc_ema.profiles import Profile, as_profile
 from posthoc_ema.request import (
     EVERYTHING,
@@ -25,11 +27,10 @@ from posthoc_ema.request import (
     select_names,
 )
 from posthoc_ema.sinks import FileSink, MemorySink
-from posthoc_ema.snapshot_file import CopySource, Snapshot
+from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.snapshots import SnapshotStore, as_store
 from posthoc_ema.solve import METHODS, Solution, solve
 from posthoc_ema.streaming import Group, stream
-from posthoc_ema.tensorfile import read_header, read_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,6 +101,7 @@ def reconstruct(
     progress: bool | None = None,
     overwrite: bool = True,
     verify: bool = True,
+    part: tuple[int, int] | None = None,
 ) -> Any:
     """Reconstruct averages of a finished or running training run from its snapshots.
 
@@ -127,6 +129,10 @@ def reconstruct(
             at once; else they are an error before anything is read.
         verify: Compare the digests of all files on the way. Without, a pass takes about two
             thirds of the time, and damaged files give wrong weights.
+        part: ``(i, n)``: the i-th of n parts, from 1 on, of about equal size, for as many
+            processes or machines; needs ``out``. Each writes a file, and
+            the last to end the index that makes them one result. Snapshots are then read
+            in part, and their digests not checked.
 
     Returns:
         A :class:`Reconstruction`, or a list of them if several targets were asked for.
@@ -148,8 +154,14 @@ def reconstruct(
     goals, several = parse_goals(sigma_rel, target)
     usable, t = select_snapshots(snapshots, t)
     framework = check_framework(framework or usable[0].run.framework)
-    assignment = assign(goals, select_names(usable[0], names))
+    chosen = select_names(usable[0], names)
+    assignment = assign(goals, chosen)
     paths = output_paths(out, goals, several, usable[0])
+    division = None
+    if part is not None:
+        division = Partition.of_request(part, usable, chosen, (t, method, names), paths)
+        assignment = division.own(assignment)
+        paths = division.paths
     for path in () if overwrite else paths:
         shards = path.parent.glob(f"{path.name.removesuffix('.safetensors')}-*-of-*.safetensors")
         for existing in (path, *shards):
@@ -163,7 +175,8 @@ def reconstruct(
         Group(members, np.stack([s[p].coefficients for s, p in zip(solutions, key, strict=True)]))
         for key, members in assignment.items()
     ]
-    copies = usable[-1].copy_sources() if names is None else []
+    copies = usable[-1].copy_sources() if names is None and (not part or part[0] == 1) else []
+    whole = verify and names is None and part is None
 
     memory = MemorySink(len(goals))
     files: list[list[Path]] = [[] for _ in goals]
@@ -173,20 +186,27 @@ def reconstruct(
                 {"t": t, "profile": _by_pattern({p: repr(q) for p, q in goal.items()})}
                 for goal in goals
             ]
-            with FileSink(paths, copies, metadata, MAX_SHARD_BYTES) as sink:
-                stream(usable, groups, sink, check=verify and names is None, progress=advance)
+            limit: float = MAX_SHARD_BYTES
+            if division is not None:
+                metadata, limit = division.metadata(metadata), inf
+            with FileSink(paths, copies, metadata, limit) as sink:
+                stream(usable, groups, sink, check=whole, progress=advance)
+                if division is not None:
+                    division.withdraw()
                 sink.commit()
                 files = [sink.files(k) for k in range(len(goals))]
+            if division is not None:
+                division.join()
         else:
-            stream(usable, groups, memory, check=verify and names is None, progress=advance)
+            stream(usable, groups, memory, check=whole, progress=advance)
 
     results = []
     for k, (goal, solution) in enumerate(zip(goals, solutions, strict=True)):
         load: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
         if paths:
-            load = cache(partial(_load_files, _stamps(files[k]), usable[-1], framework))
+            load = cache(partial(load_files, stamps_of(files[k]), usable[-1], framework))
         else:
-            load = _loaded(memory.arrays[k], copies, usable[-1], framework)
+            load = loaded(memory.arrays[k], copies, usable[-1], framework)
         share = {
             pattern: sum(
                 usable[0].entries[name].count
@@ -329,53 +349,6 @@ def _beyond(
         f"{', '.join(f'{x:.3g}' for x in tracked)}), or snapshots no further apart than "
         f"{shortest * t:.3g} towards the end (they are {interval:.3g} apart)"
     )
-
-
-def _loaded(
-    arrays: Mapping[str, NDArray[Any]],
-    copies: Sequence[CopySource],
-    snapshot: Snapshot,
-    framework: str,
-) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
-    # In the model's own order, not that of the file.
-    params = {
-        name: average_to_framework(arrays[name], dtype, framework)
-        for name, dtype in snapshot.averages.items()
-        if name in arrays
-    }
-    # Each result owns its buffers: writing into one must not change another.
-    buffers = {
-        c.name: copy_to_framework(c.data.copy(), c.dtype, c.shape, framework) for c in copies
-    }
-    return lambda: (params, buffers)
-
-
-def _stamps(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
-    """What changes when a file is replaced."""
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
-
-
-def _load_files(
-    stamps: Mapping[Path, tuple[int, int]], snapshot: Snapshot, framework: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a reconstruction back from the files that it was written to."""
-    if _stamps(list(stamps)) != stamps:
-        raise SnapshotError(
-            f"{next(iter(stamps))} was replaced since this result was written to it; read the "
-            "file itself, or reconstruct once more to another place"
-        )
-    arrays, copies = {}, []
-    for path in stamps:
-        with open(path, "rb") as file:
-            for entry in read_header(path).entries.values():
-                raw = np.empty(entry.nbytes, np.uint8)
-                read_range(file.fileno(), entry.offset, raw)
-                if entry.name in snapshot.averages:
-                    kind = "<f8" if entry.dtype == "F64" else "<f4"
-                    arrays[entry.name] = raw.view(kind).reshape(entry.shape)
-                else:
-                    copies.append(CopySource(entry.name, entry.shape, entry.dtype, raw))
-    return _loaded(arrays, copies, snapshot, framework)()
 
 
 @contextmanager

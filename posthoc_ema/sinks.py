@@ -64,7 +64,7 @@ class FileSink:
         paths: Sequence[Path],
         copies: Sequence[CopySource],
         metadata: Sequence[Mapping[str, Any]],
-        max_shard_bytes: int,
+        max_shard_bytes: float,
     ) -> None:
         self._paths, self._metadata, self._max = paths, metadata, max_shard_bytes
         self._copies = {copy.name: copy for copy in copies}
@@ -129,10 +129,10 @@ class FileSink:
                 writer.commit(dict(metadata))
             # What an earlier call left under the other name would be taken for this result.
             if len(writers) > 1:
-                write_text_atomically(_index_path(path), self._index(path))
+                write_text_atomically(index_path(path), self._index(path))
                 path.unlink(missing_ok=True)
             else:
-                _index_path(path).unlink(missing_ok=True)
+                index_path(path).unlink(missing_ok=True)
 
     def files(self, target: int) -> list[Path]:
         """The files of one target, without the index."""
@@ -142,22 +142,25 @@ class FileSink:
         number = len(self._shards)
         if number == 1:
             return [path]
-        stem = path.name.removesuffix(".safetensors")
-        return [
-            path.with_name(f"{stem}-{k:05d}-of-{number:05d}.safetensors")
-            for k in range(1, number + 1)
-        ]
+        return [shard_path(path, k, number) for k in range(1, number + 1)]
 
     def _index(self, path: Path) -> str:
-        total = sum(entry.nbytes for shard in self._shards for entry in shard)
-        weight_map = {
-            entry.name: shard_path.name
-            for shard_path, shard in zip(self._names(path), self._shards, strict=True)
-            for entry in shard
-        }
-        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        return index_text(dict(zip(self._names(path), self._shards, strict=True)))
 
 
-def _index_path(path: Path) -> Path:
+def index_path(path: Path) -> Path:
     """The index of a sharded file, as Hugging Face names it."""
     return path.with_name(path.name + ".index.json")
+
+
+def shard_path(path: Path, number: int, of: int) -> Path:
+    """One of several files, as Hugging Face names it."""
+    stem = path.name.removesuffix(".safetensors")
+    return path.with_name(f"{stem}-{number:05d}-of-{of:05d}.safetensors")
+
+
+def index_text(shards: Mapping[Path, Sequence[TensorEntry]]) -> str:
+    """What the index of a sharded file says."""
+    total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+    weight_map = {entry.name: path.name for path, shard in shards.items() for entry in shard}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from math import inf
@@ -92,6 +93,32 @@ def parse_bytes(text: str) -> float:
     return size
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """One of several parts: ``2/8``, or ``auto`` for that of this process under torchrun.
+
+    Raises:
+        ValueError: If it is neither, or torchrun did not start this process.
+
+    Example:
+        >>> parse_part("2/8")
+        (2, 8)
+    """
+    if text.strip() == "auto":
+        try:
+            return int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
+        except (KeyError, ValueError):
+            raise ValueError(
+                "'auto' needs RANK and WORLD_SIZE in the environment, which torchrun sets; "
+                "with other launchers write the part, as in 2/8"
+            ) from None
+    number, slash, of = text.partition("/")
+    if not slash or not (number.strip().isdigit() and of.strip().isdigit()):
+        raise ValueError(f"expected a part such as 2/8, or auto (got {text})")
+    if not 1 <= int(number) <= int(of):
+        raise ValueError(f"parts are numbered from 1 to the number of parts (got {text})")
+    return int(number), int(of)
+
+
 class _Folder(click.ParamType):  # type: ignore[type-arg]
     name = "folder"
 
@@ -148,6 +175,7 @@ def _budget(text: str) -> tuple[float, bool]:
 
 folder_argument = click.argument("store", metavar="FOLDER", type=_Folder())
 folder_type, bytes_type, time_type = _Folder(), _Parsed("size", parse_bytes), _Parsed("time", _time)
+part_type = _Parsed("part", parse_part)
 tracks_type, budget_type = _Parsed("tracks", _tracks), _Parsed("budget", _budget)
 
 json_option = click.option(

@@ -13,6 +13,7 @@ from posthoc_ema.cli.options import (
     json_option,
     method_option,
     out_option,
+    part_type,
     profile_option,
     sigma_rel_option,
     time_option,
@@ -42,6 +43,13 @@ from posthoc_ema.snapshots import SnapshotStore
     help="Only averaged tensors whose names match, such as 'decoder.*', and no buffers. May be "
     "given several times.",
 )
+@click.option(
+    "--part",
+    type=part_type,
+    metavar="I/N",
+    help="Make the I-th of N parts only, for N processes or machines that share the --out folder: "
+    "'2/8', or 'auto' under torchrun (RANK and WORLD_SIZE). The last to end writes the index.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace results that exist already.")
 @json_option
 def reconstruct(
@@ -52,6 +60,7 @@ def reconstruct(
     t: float | None,
     method: str,
     names: tuple[str, ...],
+    part: tuple[int, int] | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -64,6 +73,7 @@ def reconstruct(
     Example:
       posthoc-ema reconstruct run/ema --sigma-rel 0.05,0.07 --out averages/
       posthoc-ema reconstruct run/ema --sigma-rel 0.07 --t 50000 --out at-50000.safetensors
+      posthoc-ema reconstruct run/ema --sigma-rel 0.05 --out averages/ --part 2/8
       posthoc-ema reconstruct run/ema --profile uniform:window=0.2 --out averages/
     """
     targets = wanted_profiles(sigma_rel, profiles)
@@ -84,6 +94,7 @@ def reconstruct(
             overwrite=overwrite,
             framework="numpy",
             names=names or None,
+            part=part,
         )
     except FileExistsError as error:
         raise Misuse(f"{error}, or add --overwrite to replace it") from error

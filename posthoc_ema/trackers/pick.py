@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from posthoc_ema.trackers.base import Selection, Tracker, flatten_mapping
@@ -42,3 +43,21 @@ def is_writer() -> bool:
     if torch is None or not torch.distributed.is_available():
         return True
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def common_run_id(own: str) -> str:
+    """One run id for the EMAs that data-parallel processes make alike, without waiting for any.
+
+    A checkpoint that they save together keeps the state of any of them; the folder knows that of
+    the first. The key-value store of the process group gives all what the first comer put there.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available():
+        return own
+    if not torch.distributed.is_initialized():
+        return own
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return str(store.compare_set(f"posthoc_ema/run_id/{next(_numbers)}", "", own).decode())
+
+
+_numbers = count()

@@ -7,14 +7,15 @@ raised in all of them, so that none waits for ever; so is the end of one.
 from __future__ import annotations
 
 import errno
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
+from posthoc_ema import errors
 from posthoc_ema.errors import SnapshotWriteError
 
 T = TypeVar("T")
@@ -112,9 +113,8 @@ class Ranks:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or one that says the same, if it cannot be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error.with_traceback(None)
+    """The error, or one that says the same, if it cannot be sent to another process for sure."""
+    known = type(error).__module__ in ("builtins", errors.__name__)
+    if known and all(isinstance(value, str | int | float | NoneType) for value in error.args):
+        return error.with_traceback(None)
+    return RuntimeError(f"{type(error).__name__}: {error}")

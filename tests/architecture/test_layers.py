@@ -18,7 +18,7 @@ LAYERS = [
     ["parts", "locking"],
     ["snapshot_file"],
     ["solve", "chain", "consistency", "snapshot_writing", "sinks", "request", "trackers.base"],
-    ["evidence", "streaming", "parts_writing"],
+    ["evidence", "streaming", "parts_writing", "partition", "loading"],
     ["prediction"],
     ["reencode"],
     ["snapshots"],

@@ -81,7 +81,7 @@ def write(rank: int, number: int, folder: Path) -> None:
         train(model, tracker(folder / encoding, encoding=encoding), 0, 7)
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_snapshots_equal_those_of_one_process(tmp_path: Path, number: int) -> None:
     """Five and three rows among two or four: on four, some hold nothing of a tensor."""
     run_ranks(number, write, tmp_path)
@@ -155,6 +155,13 @@ def write_alike(rank: int, number: int, folder: Path) -> None:
         perturb(model.module, step)
         ema.update(model)
     assert len(ema.snapshot()) == (0 if rank else 2)
+    # A common checkpoint keeps the state of whichever process: the folder must know it.
+    ids: list[Any] = [None] * number
+    torch.distributed.all_gather_object(ids, ema.state_dict()["run_id"])
+    assert len(set(ids)) == 1
+    other = tracker(folder / "other")
+    other.update(model)
+    assert other.state_dict()["run_id"] != ids[0]
     with pytest.raises(ValueError, match="'delta8' is not for sharded weights; use float32"):
         tracker(folder / "no", encoding="delta8").update(
             sharded_model(init_device_mesh("cpu", (number,)))
@@ -252,6 +259,38 @@ def test_an_error_of_one_process_is_one_of_all(tmp_path: Path) -> None:
     assert [s.t for s in SnapshotStore(tmp_path / "run").verify()] == [2, 2, 5, 5]
     with pytest.raises(ValueError, match="holds no snapshots"):
         SnapshotStore(tmp_path / "other").list()
+
+
+def write_in_background(rank: int, number: int, folder: Path) -> None:
+    model = sharded_model(init_device_mesh("cpu", (number,)))
+    ema = tracker(folder / "run", background=True)
+    write_part = SnapshotStore.write_part
+    train(model, ema, 0, 5)
+    ema.close()
+    if rank == 1:
+
+        def full(*args: Any, **options: Any) -> Any:
+            raise SnapshotWriteError(28, "no space left")
+
+        SnapshotStore.write_part = full  # type: ignore[method-assign]
+    train(model, ema, 5, 7)  # the snapshot at 6 fails, which no step in between says
+    perturb(model, 7)
+    with pytest.raises(SnapshotWriteError, match="no space left"):
+        ema.update(model)  # but, in all processes, that at which the next one falls due
+    SnapshotStore.write_part = write_part  # type: ignore[method-assign]
+    train(model, ema, 8, 9)
+    ema.close()
+
+
+def test_several_processes_in_the_background(tmp_path: Path) -> None:
+    run_ranks(2, write_in_background, tmp_path)
+    whole = SnapshotStore(tmp_path / "run").verify()
+    assert [s.t for s in whole] == [2, 2, 4, 4, 9, 9]
+    model, ema = small_model(), EMA(sigma_rel=SIGMA)
+    train(model, ema, 0, 9)
+    for snapshot in whole[-2:]:
+        for name, value in ema.average(snapshot.profile).items():
+            assert_equal(snapshot.read(name), value.numpy())
 
 
 # On another number of processes -----------------------------------------------------------------

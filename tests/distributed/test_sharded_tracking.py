@@ -60,7 +60,7 @@ def updates(rank: int, number: int, folder: Path) -> None:
     model.load_state_dict(ema.average(0.05))
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_averages_equal_those_of_one_process(tmp_path: Path, number: int) -> None:
     """On four, the last holds nothing of some tensors; and no update communicates."""
     run_ranks(number, updates, tmp_path)
@@ -92,6 +92,7 @@ def other_meshes(rank: int, number: int, folder: Path) -> None:
         assert_same_tensors(ema.average(), one.average())
 
 
+@pytest.mark.slow
 def test_meshes_of_two_axes(tmp_path: Path) -> None:
     run_ranks(4, other_meshes, tmp_path)
 
@@ -208,6 +209,7 @@ def begun(rank: int, number: int, folder: Path) -> None:
     dcp.save({"ema": expected_ema(3)}, checkpoint_id=folder / "checkpoint")
 
 
+@pytest.mark.slow
 def test_one_process_and_several(tmp_path: Path) -> None:
     run_ranks(2, begun, tmp_path)
     run_ranks(1, resumed_alone, tmp_path)

@@ -78,17 +78,6 @@ def test_data_parallel_names_are_unwrapped(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_other_processes_of_a_group_leave_writing_to_the_first(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    ema = EMA(sigma_rel=SIGMA, snapshots=tmp_path / "ema", every=1)
-    ema.update(nn.Linear(2, 2))
-    assert ema.snapshot() == []
-    assert not (tmp_path / "ema").exists()
-
-
 def test_parametrized_modules() -> None:
     module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     recorder = recorded(module)
