@@ -114,28 +114,61 @@ __attribute__((always_inline)) static inline void combine_eights(
     }
   }
 }
+
+static void combine_whole_eights(int type, int64_t files, const uint8_t *const *stored,
+                                 int64_t count, const float *base, int64_t targets,
+                                 const float *coefficients, double *out, int64_t stride) {
+  for (int64_t i = 0; i < files; i += ROWS) {
+    const float *x = coefficients + i;
+    if (type == F32)
+      combine_eights(F32, stored + i, count, base, targets, x, files, out, stride);
+    else if (type == F16)
+      combine_eights(F16, stored + i, count, base, targets, x, files, out, stride);
+    else
+      combine_eights(BF16, stored + i, count, base, targets, x, files, out, stride);
+  }
+}
+
+/* The last few numbers are filled up to eight, target by target: a number is summed in one order,
+   whichever others stand beside it. */
+static void combine_floats(int type, int64_t files, const uint8_t *const *stored, int64_t count,
+                           const float *base, int64_t targets, const float *coefficients,
+                           double *out, int64_t stride) {
+  int64_t whole = count & ~(int64_t)7, rest = count - whole;
+  combine_whole_eights(type, files, stored, whole, base, targets, coefficients, out, stride);
+  if (!rest) return;
+  size_t size = (size_t)byte_of(type, rest);
+  for (int64_t i = 0; i < files; i += ROWS) {
+    uint8_t bytes[ROWS][32] = {{0}};
+    const uint8_t *rows[ROWS];
+    float from[8] = {0};
+    for (int j = 0; j < ROWS; j++) {
+      memcpy(bytes[j], stored[i + j] + byte_of(type, whole), size);
+      rows[j] = bytes[j];
+    }
+    if (base) memcpy(from, base + whole, (size_t)rest * sizeof(float));
+    for (int64_t k = 0; k < targets; k++) {
+      double total[8] = {0}, *last = out + k * stride + whole;
+      memcpy(total, last, (size_t)rest * sizeof(double));
+      combine_whole_eights(type, ROWS, rows, 8, base ? from : NULL, 1,
+                           coefficients + k * files + i, total, 8);
+      memcpy(last, total, (size_t)rest * sizeof(double));
+    }
+  }
+}
 #endif
 
 static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored, int64_t count,
                           const float *base, int64_t targets, const float *coefficients,
                           double *out, int64_t stride) {
-  int64_t start = 0;
 #if defined(HAS_F16C)
   if (type < QUANTISED) {
-    start = count & ~(int64_t)7;
-    for (int64_t i = 0; i < files; i += ROWS) {
-      const float *x = coefficients + i;
-      if (type == F32)
-        combine_eights(F32, stored + i, start, base, targets, x, files, out, stride);
-      else if (type == F16)
-        combine_eights(F16, stored + i, start, base, targets, x, files, out, stride);
-      else
-        combine_eights(BF16, stored + i, start, base, targets, x, files, out, stride);
-    }
+    combine_floats(type, files, stored, count, base, targets, coefficients, out, stride);
+    return;
   }
 #endif
   float rows[ROWS][TILE];
-  for (; start < count; start += TILE) {
+  for (int64_t start = 0; start < count; start += TILE) {
     int64_t n = count - start < TILE ? count - start : TILE, skip = byte_of(type, start);
     for (int64_t i = 0; i < files; i += ROWS) {
       for (int64_t j = 0; j < ROWS; j++) {

@@ -104,7 +104,11 @@ def stream(
         CorruptSnapshotError: If a file was damaged since it was written.
         NonFiniteError: If a result holds NaN or infinity.
     """
-    needed = np.any([(g.coefficients != 0).any(0) for g in groups], axis=0)
+    # A combination rests on all files, those of coefficient zero too: damage may have made it so.
+    needed = np.any(
+        [(g.coefficients != 0).any(0) | (np.count_nonzero(g.coefficients, 1) > 1).any()
+         for g in groups], axis=0,
+    )  # fmt: skip
     used = with_inputs(s for s, need in zip(snapshots, needed, strict=True) if need)
     groups = [_for_files(group, snapshots, used) for group in groups]
     wanted = {name for group in groups for name in group.names}

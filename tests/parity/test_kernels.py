@@ -129,6 +129,28 @@ def test_combinations(loops: str, dtype: str, count: int, targets: int, files: i
     assert np.array_equal(found[:, count:], before[:, count:])
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_sums_do_not_depend_on_what_stands_beside_them(loops: str, dtype: str) -> None:
+    """Bit for bit, so that a reconstruction in parts is that in one piece."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(6, 45)).astype(np.float32)
+    coefficients = rng.normal(size=(2, 6)).astype(np.float32)
+    base = rng.normal(size=45).astype(np.float32)
+
+    def combined(left: int, right: int) -> Any:
+        out = np.zeros((2, right - left))
+        rows = [encode(np.ascontiguousarray(row[left:right]), dtype)[0] for row in values]
+        combine(rows, dtype, base[left:right], coefficients, out)
+        return out
+
+    whole = combined(0, 45)
+    for left, right in ((0, 7), (3, 44), (8, 21), (44, 45)):
+        if loops == "compiled":
+            assert np.array_equal(combined(left, right), whole[:, left:right])
+        else:  # BLAS sums as it likes: a few roundings of single precision
+            assert np.abs(combined(left, right) - whole[:, left:right]).max() < 5e-6
+
+
 def test_magnitudes(loops: str) -> None:
     values = np.random.default_rng(0).normal(size=1003).astype(np.float32)
     values[1002] = -9
