@@ -4,6 +4,7 @@ run_dir/config.json      what the run was started with
 run_dir/checkpoint.pt    latest resumable state, replaced atomically
 run_dir/ema/             snapshots, written by posthoc_ema
 run_dir/stats.jsonl      one line of measurements at each interval
+run_dir/magnitudes.jsonl magnitudes of all layers, one line at each interval
 """
 
 from __future__ import annotations

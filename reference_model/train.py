@@ -31,6 +31,7 @@ from reference_model.data import Dataset, load_dataset
 from reference_model.encoders import Encoder, make_encoder
 from reference_model.loss import EDM2Loss
 from reference_model.lr_schedule import learning_rate
+from reference_model.magnitude_log import MAGNITUDES_FILE, recording
 from reference_model.precond import Denoiser
 
 
@@ -96,7 +97,8 @@ def train(
         if direct is not None:
             direct.load_state_dict(checkpoint["direct"])
         nimg, seconds = checkpoint["nimg"], checkpoint["seconds"]
-    drop_stats_after(run_dir / STATS_FILE, nimg)
+    for file in (STATS_FILE, MAGNITUDES_FILE):
+        drop_stats_after(run_dir / file, nimg)
 
     def save() -> None:
         state = {
@@ -135,12 +137,14 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # The gradient is that of the sum over pixels, averaged over images.
-            loss = loss_fn(net, x, labels.to(device))
-            optimizer.zero_grad(set_to_none=True)
-            (loss.sum() * (config.loss_scaling / batch_size)).backward()
-            bad_gradients += zero_bad_gradients(net)
-            optimizer.step()
+            due = magnitudes_are_due(nimg, batch_size, config.magnitudes_nimg)
+            with recording(due, net, run_dir / MAGNITUDES_FILE, nimg + batch_size, lr):
+                # The gradient is that of the sum over pixels, averaged over images.
+                loss = loss_fn(net, x, labels.to(device))
+                optimizer.zero_grad(set_to_none=True)
+                (loss.sum() * (config.loss_scaling / batch_size)).backward()
+                bad_gradients += zero_bad_gradients(net)
+                optimizer.step()
             nimg += batch_size
             ema.update(net, t=nimg)
             if direct is not None:
@@ -190,6 +194,13 @@ def iteration_seed(seed: int, nimg: int) -> int:
 def passed_multiple(nimg: int, step: int, interval: int) -> bool:
     """Whether the step that ended at `nimg` reached or passed a multiple of `interval`."""
     return nimg // interval > (nimg - step) // interval
+
+
+def magnitudes_are_due(nimg: int, batch_size: int, interval: int) -> bool:
+    """Whether the step that starts at `nimg` is to be recorded: the first, and at intervals."""
+    if interval == 0:
+        return False
+    return nimg == 0 or passed_multiple(nimg + batch_size, batch_size, interval)
 
 
 def check_fit(config: TrainConfig, dataset: Dataset, encoder: Encoder) -> None:
