@@ -58,10 +58,7 @@ def read_magnitudes(path: Path) -> list[tuple[int, float, list[LayerMagnitudes]]
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         try:
             line = json.loads(text)
-            layers = [
-                LayerMagnitudes(**{k: math.nan if v is None else v for k, v in layer.items()})
-                for layer in line["layers"]
-            ]
+            layers = [_layer(values) for values in line["layers"]]
             found.append((int(line["nimg"]), float(line["lr"]), layers))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -113,6 +110,12 @@ def output_scales(net: Denoiser) -> dict[str, float]:
         if isinstance(module, MPAttention):
             scales[f"{name}.proj"] = sum_weights(config.attn_balance)[1]
     return {name: share for name, share in scales.items() if share > 0}
+
+
+def _layer(values: dict[str, Any]) -> LayerMagnitudes:
+    """A layer from JSON, as `_short` wrote it."""
+    numbers: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items()}
+    return LayerMagnitudes(**numbers)
 
 
 def _short(layer: LayerMagnitudes) -> dict[str, Any]:

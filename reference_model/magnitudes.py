@@ -105,10 +105,17 @@ class Recorder:
         table = torch.stack(rows).tolist() if rows else []
         for (name, layer), row in zip(self._found.items(), table, strict=True):
             scale = self._scales.get(name, 1.0)
-            activation, largest, *others = row
+            activation, activation_max, weight, weight_max, update, relative_update = row
             self.layers.append(
                 LayerMagnitudes(
-                    name, activation / scale, largest / scale, *others, resolution=layer.resolution
+                    name=name,
+                    activation=activation / scale,
+                    activation_max=activation_max / scale,
+                    weight=weight,
+                    weight_max=weight_max,
+                    update=update,
+                    relative_update=relative_update,
+                    resolution=layer.resolution,
                 )
             )
 
