@@ -26,7 +26,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.pt"
 SNAPSHOTS = "ema"
 STATS_FILE = "stats.jsonl"
-CHANGEABLE = ("vae",)
+CHANGEABLE = ("vae", "magnitudes_nimg")
 """Fields of a run's config that training does not depend on."""
 
 

@@ -198,6 +198,14 @@ def test_a_continued_run_repeats_no_line(tmp_path: Path) -> None:
     assert [nimg for nimg, _, _ in read_magnitudes(path)] == [32, 96, 192, 288]
 
 
+def test_a_run_may_be_continued_with_another_interval(tmp_path: Path) -> None:
+    """Its weights do not depend on what is recorded."""
+    train(TINY, tmp_path, progress=False, stop_at=160)
+    train(replace(TINY, magnitudes_nimg=64), tmp_path, progress=False)
+    found = [nimg for nimg, _, _ in read_magnitudes(tmp_path / MAGNITUDES_FILE)]
+    assert found == [32, 96, 192, 256, 320]
+
+
 def test_a_damaged_log_is_told(tmp_path: Path) -> None:
     path = tmp_path / MAGNITUDES_FILE
     path.write_text('{"nimg": 3}\n')
