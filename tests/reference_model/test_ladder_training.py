@@ -146,7 +146,7 @@ def learn(config: str, steps: int, lr: float | None = None) -> tuple[float, list
     net = Denoiser(c.network)
     loss_fn = EDM2Loss(c.P_mean, c.P_std)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr or c.ref_lr, betas=c.betas)
-    images, labels = data.stream(0, 256, seed=1)
+    images, labels = data.stream(0, 128, seed=1)
     check = encoder.encode(images), labels, loss_fn
     before, found = weighted_error(net, *check), []
     for step in range(steps):
@@ -163,9 +163,9 @@ def learn(config: str, steps: int, lr: float | None = None) -> tuple[float, list
 
 @pytest.mark.parametrize("config", list(LADDER))
 def test_every_config_learns(config: str) -> None:
-    """After 40 steps from its own habits; A takes small ones, and is at about 0.8."""
-    ratio, _ = learn(config, steps=40)
-    assert ratio < 0.9
+    """After 30 steps from its own habits; A, which takes the smallest ones, is the slowest."""
+    ratio, _ = learn(config, steps=30)
+    assert ratio < 0.93
 
 
 def mean(layers: list[Any], field: str) -> float:
