@@ -1,7 +1,7 @@
 """EDM2's magnitude-preserving diffusion network, trained with `posthoc_ema` as any user would.
 
-Config G of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
-Models" (arXiv:2312.02696). `python -m reference_model --help` lists what it can do.
+All configs, A to G, of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+Diffusion Models" (arXiv:2312.02696). `python -m reference_model --help` lists what it can do.
 """
 
 from __future__ import annotations

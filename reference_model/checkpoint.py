@@ -7,6 +7,7 @@ run_dir/checkpoint.pt      latest resumable state, replaced atomically
 run_dir/checkpoint-<nimg>/ shards that belong to it, if the model was sharded
 run_dir/ema/               snapshots, written by posthoc_ema
 run_dir/stats.jsonl        one line of measurements at each interval (`stats`)
+run_dir/magnitudes.jsonl   magnitudes of all layers, one line at each interval
 run_dir/tensorboard/       the same for TensorBoard, if asked for
 """
 
@@ -34,7 +35,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 SHARDS = "checkpoint-"
 SNAPSHOTS = "ema"
 STATS_FILE = "stats.jsonl"
-CHANGEABLE = ("vae",)
+CHANGEABLE = ("vae", "magnitudes_nimg")
 """Fields of a run's config that training does not depend on; and `data`, if it is the same."""
 
 

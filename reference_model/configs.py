@@ -206,6 +206,11 @@ class TrainConfig:
     snapshot_nimg: int = option("Interval of EMA snapshots, in images.", default=8 << 20)
     checkpoint_nimg: int = option("Interval of checkpoints, in images.", default=128 << 20)
     stats_nimg: int = option("Interval of lines in stats.jsonl, in images.", default=128 << 10)
+    magnitudes_nimg: int = option(
+        "Interval at which magnitudes of activations, weights and updates are recorded in "
+        "magnitudes.jsonl, in images; 0: never.",
+        default=4 << 20,
+    )
 
     def __post_init__(self) -> None:
         for name in ("betas", "ema_sigma_rel", "direct_sigma_rel"):
@@ -214,6 +219,8 @@ class TrainConfig:
         for name in ("batch_size", "total_nimg", *intervals):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
+        if self.magnitudes_nimg < 0:
+            raise ValueError(f"magnitudes_nimg must not be negative (got {self.magnitudes_nimg})")
         if not self.ref_lr > 0:
             raise ValueError(f"ref_lr must be positive (got {self.ref_lr})")
 

@@ -125,6 +125,7 @@ def _digits(steps: int, batch_size: int, channels: int) -> TrainConfig:
         snapshot_nimg=max(steps // 50, 1) * batch_size,
         checkpoint_nimg=steps // 5 * batch_size,
         stats_nimg=10 * batch_size,
+        magnitudes_nimg=max(steps // 50, 1) * batch_size,
     )
 
 
@@ -157,6 +158,7 @@ def _fashion(total_nimg: int) -> TrainConfig:
         snapshot_nimg=total_nimg // 32,
         checkpoint_nimg=total_nimg // 32,
         stats_nimg=total_nimg // 256,
+        magnitudes_nimg=total_nimg // 64,
     )
 
 

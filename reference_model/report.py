@@ -17,6 +17,7 @@ from reference_model.checkpoint import STATS_FILE, RunDirError, load_config, wri
 from reference_model.configs import TrainConfig
 from reference_model.report_explorer import explorer
 from reference_model.report_grids import grids
+from reference_model.report_magnitudes import magnitudes
 from reference_model.sheets import REAL, SAMPLES, SHEET_COLUMNS, Pixels, read_sheet
 from reference_model.sweep_record import SweepRecord, load_record
 
@@ -117,7 +118,8 @@ def render(run: Run) -> str:
             }
             for m in record.averages
         ]
-    sections += [report_sections.training(run), report_sections.facts(run)]
+    sections += [report_sections.training(run), magnitudes(run.run_dir)]
+    sections.append(report_sections.facts(run))
     sections.append(report_sections.what_next(run))
 
     template = resources.files("reference_model").joinpath("report_template.html").read_text()

@@ -30,6 +30,7 @@ from reference_model.dropout import image_seeds
 from reference_model.encoders import Encoder, make_encoder
 from reference_model.loss import EDM2Loss
 from reference_model.lr_schedule import learning_rate
+from reference_model.magnitude_log import MAGNITUDES_FILE, recording
 from reference_model.parallel import (
     Alone,
     parallelize,
@@ -40,7 +41,7 @@ from reference_model.precond import Denoiser
 from reference_model.run_record import describe_data, record_start
 from reference_model.run_state import RunState, make_optimizer
 from reference_model.signals import stop_signals
-from reference_model.stats import Window, stats_writer
+from reference_model.stats import Window, drop_stats_after, stats_writer
 
 
 def train(
@@ -122,6 +123,9 @@ def train(
         if group.is_first:
             about = {"processes": group.count, "parallel": parallel, "micro_batch": micro_batch}
             record_start(run_dir, nimg=run.nimg, device=str(group.device), **about)
+            drop_stats_after(run_dir / MAGNITUDES_FILE, run.nimg)
+        # Of its own images; a process that holds shards sees no whole layer.
+        records = group.is_first and parallel != "fsdp"
         clock = Clock(run.nimg, run.seconds)
         saved_at, recent = run.nimg, deque[Tensor](maxlen=20)
         bar = tqdm(
@@ -148,10 +152,12 @@ def train(
                 for param_group in optimizer.param_groups:
                     param_group["lr"] = lr
 
-                optimizer.zero_grad(set_to_none=True)
-                loss = accumulate_gradients(model, loss_fn, x, labels, draws, at_once, config)
-                bad_gradients = zero_bad_gradients(model.gradients())
-                optimizer.step()
+                due = records and magnitudes_are_due(run.nimg, batch_size, config.magnitudes_nimg)
+                with recording(due, net, run_dir / MAGNITUDES_FILE, run.nimg + batch_size, lr):
+                    optimizer.zero_grad(set_to_none=True)
+                    loss = accumulate_gradients(model, loss_fn, x, labels, draws, at_once, config)
+                    bad_gradients = zero_bad_gradients(model.gradients())
+                    optimizer.step()
                 run.nimg += batch_size
                 ema.update(net, t=run.nimg)
                 if direct is not None:
@@ -298,6 +304,13 @@ def images_at_once(batch_size: int, count: int, micro_batch: int | None) -> int:
 def passed_multiple(nimg: int, step: int, interval: int) -> bool:
     """Whether the step that ended at `nimg` reached or passed a multiple of `interval`."""
     return nimg // interval > (nimg - step) // interval
+
+
+def magnitudes_are_due(nimg: int, batch_size: int, interval: int) -> bool:
+    """Whether the step that starts at `nimg` is to be recorded: the first, and at intervals."""
+    if interval == 0:
+        return False
+    return nimg == 0 or passed_multiple(nimg + batch_size, batch_size, interval)
 
 
 def check_fit(config: TrainConfig, dataset: Dataset, encoder: Encoder) -> None:
