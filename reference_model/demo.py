@@ -12,16 +12,19 @@ from pathlib import Path
 from reference_model.checkpoint import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
+    SHARDS,
     SNAPSHOTS,
     STATS_FILE,
     RunDirError,
     start_run,
 )
+from reference_model.magnitude_log import MAGNITUDES_FILE
 from reference_model.presets import preset
 from reference_model.protocol import Protocol
 from reference_model.report import REPORT_FILE, write_report
 from reference_model.run_record import DATA_FILE, STARTS_FILE
 from reference_model.sheets import SAMPLES
+from reference_model.stats import TENSORBOARD
 from reference_model.sweep import sweep
 from reference_model.sweep_record import LOCK_FILE, SWEEP_FILE, SweepRecord
 from reference_model.sweep_search import SEARCHES
@@ -141,11 +144,19 @@ def closing_words(
 
 def remove_run(run_dir: Path) -> None:
     """Remove the files of a run, and nothing else that may be in its directory."""
-    recorded = (CONFIG_FILE, DATA_FILE, STARTS_FILE, CHECKPOINT_FILE, STATS_FILE)
-    for name in (*recorded, SWEEP_FILE, LOCK_FILE, REPORT_FILE):
+    of_training = (
+        CONFIG_FILE,
+        DATA_FILE,
+        STARTS_FILE,
+        CHECKPOINT_FILE,
+        STATS_FILE,
+        MAGNITUDES_FILE,
+    )
+    for name in (*of_training, SWEEP_FILE, LOCK_FILE, REPORT_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for pattern in ("classifier-*.safetensors", "reference-*.npz"):
         for path in run_dir.glob(pattern):
             path.unlink()
-    for name in (SNAPSHOTS, SAMPLES, SEARCHES):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for folder in (*(run_dir / n for n in (SNAPSHOTS, SAMPLES, SEARCHES, TENSORBOARD)),
+                   *run_dir.glob(f"{SHARDS}*")):  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)
