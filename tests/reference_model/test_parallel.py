@@ -191,9 +191,9 @@ def test_batch_must_be_divisible() -> None:
         images_at_once(12, 1, 0)
 
 
-def test_unknown_way_to_share_a_model() -> None:
+def test_unknown_way_to_share_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parallel must be one of ddp, fsdp \(got 'dp'\)"):
-        train(preset("digits-tiny"), "unused", progress=False, parallel="dp")
+        train(preset("digits-tiny"), tmp_path, progress=False, parallel="dp")
 
 
 @pytest.mark.slow
