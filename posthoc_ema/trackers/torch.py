@@ -29,7 +29,7 @@ from posthoc_ema.trackers.base import (
     flatten_mapping,
     unflatten_like,
 )
-from posthoc_ema.trackers.torch_model import bind, real_view, restored
+from posthoc_ema.trackers.torch_model import adapters_alone, bind, real_view, restored
 
 _KEPT = {"F32": torch.float32, "F64": torch.float64}
 _NATIVE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -93,8 +93,8 @@ class TorchTracker(Tracker):
     def __init__(
         self, model: Any, select: Selection, tracks: int, device: str | torch.device | None
     ) -> None:
-        self._select, self._model = select, model
-        self._binding = bind(model, select, first=True)
+        self._select, self._model = adapters_alone(model, select), model
+        self._binding = bind(model, self._select, first=True)
         self.specs, self.aliases = self._binding.specs, self._binding.aliases
         self._places: dict[str, _Place] = {}
         pools: dict[tuple[torch.dtype, torch.device], _Pool] = {}
