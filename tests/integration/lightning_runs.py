@@ -19,7 +19,9 @@ class Net(pl.LightningModule):
 
     def __init__(self, manual: int = 0, fail_at: Any = None, save_in_validation: Any = None):
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        )
         self.history: dict[float, Any] = {}
         self.validated: list[tuple[int, Any]] = []
         self.manual, self.fail_at, self.save = manual, fail_at, save_in_validation
@@ -55,7 +57,9 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.manual > 1:
-            return [torch.optim.SGD(layer.parameters(), 0.05) for layer in (self.net[0], self.net[2])]
+            return [
+                torch.optim.SGD(layer.parameters(), 0.05) for layer in (self.net[0], self.net[2])
+            ]
         return torch.optim.Adam(self.parameters(), 0.05)
 
 

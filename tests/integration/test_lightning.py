@@ -61,9 +61,7 @@ def test_every_optimizer_step_is_averaged(
 
 
 @pytest.mark.parametrize("optimizers", [1, 2])
-def test_manual_optimization(
-    runs: Any, ema_callback: Any, tmp_path: Path, optimizers: int
-) -> None:
+def test_manual_optimization(runs: Any, ema_callback: Any, tmp_path: Path, optimizers: int) -> None:
     callback = ema_callback()
     net = runs.make_net(manual=optimizers)
     runs.make_trainer(tmp_path, callback).fit(net, runs.data())
@@ -118,9 +116,7 @@ def test_fit_twice_goes_on(runs: Any, ema_callback: Any, tmp_path: Path) -> None
     assert_average(callback.ema.average(0.05), net.history, 0.05)
 
 
-def test_averages_of_another_run_do_not_go_on(
-    runs: Any, ema_callback: Any, tmp_path: Path
-) -> None:
+def test_averages_of_another_run_do_not_go_on(runs: Any, ema_callback: Any, tmp_path: Path) -> None:
     callback = ema_callback()
     runs.make_trainer(tmp_path, callback, max_epochs=1).fit(runs.make_net(), runs.data())
     before = callback.ema.average(0.1)
@@ -215,7 +211,9 @@ def test_validation_sees_averages_and_checkpoints_do_not(
         assert same(net.history[step], saved["state_dict"])
         assert saved["callbacks"]["EMACallback"]["t"] == step
     # Saved by the module itself in the middle of validation, while it held averages.
-    assert same(net.history[16], torch.load(tmp_path / "inside.ckpt", weights_only=True)["state_dict"])
+    assert same(
+        net.history[16], torch.load(tmp_path / "inside.ckpt", weights_only=True)["state_dict"]
+    )
     assert same(net.history[16], snapshot_of(net))
 
     net.save = None
@@ -250,7 +248,9 @@ def test_mixed_precision_and_compiled_parts(runs: Any, ema_callback: Any, tmp_pa
     callback = ema_callback(0.1)
     net = runs.make_net()
     net.net[0] = torch.compile(net.net[0], backend="eager")
-    runs.make_trainer(tmp_path, callback, precision="bf16-mixed", max_epochs=1).fit(net, runs.data())
+    runs.make_trainer(tmp_path, callback, precision="bf16-mixed", max_epochs=1).fit(
+        net, runs.data()
+    )
     history = {
         t: {name.replace("._orig_mod", ""): w for name, w in weights.items()}
         for t, weights in net.history.items()
