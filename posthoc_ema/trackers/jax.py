@@ -115,6 +115,10 @@ class JaxTracker(Tracker):
             for name, leaf in self._pairs
         ]
 
+    def adopt(self, averages: Sequence[dict[str, Any]]) -> None:
+        """Take averages that were made elsewhere, by name, without copying them."""
+        self._averages = list(averages)
+
     def average(self, track: int, name: str) -> Any:
         """A copy of one average: the next update donates its own."""
         return jnp.array(self._averages[track][name], copy=True)
@@ -192,6 +196,17 @@ def named_leaves(model: Any) -> tuple[list[tuple[str, Any]], Any]:
         inner = path[:-1] if path[:-1] in variables else path
         named.append((".".join(_key(k) for k in inner), leaf))
     return named, treedef
+
+
+def averaged_leaves(model: Any) -> tuple[list[Any], Any, list[bool]]:
+    """Leaves of a pytree in order, its structure, and which leaves are averaged."""
+    pairs, treedef = named_leaves(model)
+    copied = _copied(model)
+    averaged = [
+        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact) and name not in copied
+        for name, leaf in pairs
+    ]
+    return [leaf for _, leaf in pairs], treedef, averaged
 
 
 def _variables(model: Any) -> list[tuple[tuple[Any, ...], Any]]:

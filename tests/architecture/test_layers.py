@@ -32,6 +32,9 @@ LAYERS = [
     ["sweep", "plots", "plan", "pruning", "trackers.pick"],
     ["ema"],
     ["cli", "cli.*"],
+    ["integrations.__init__", "integrations.loop", "integrations.state_file"],
+    ["integrations.pretrained", "integrations.jax"],
+    [f"integrations.{name}" for name in ("lightning", "transformers", "diffusers", "optax")],
     ["__init__", "__main__"],
 ]
 
@@ -52,8 +55,19 @@ HOMES = {
     "tqdm": ["convert", "reconstruct", "sweep", "cli.*"],
     "click": ["cli", "cli.*"],
     "matplotlib": ["plots"],
-    "torch": ["arrays", "trackers.torch", "trackers.torch_model"],
-    "jax": ["arrays", "trackers.jax"],
+    "torch": [
+        "arrays",
+        "trackers.torch",
+        "trackers.torch_model",
+        "integrations.state_file",
+        "integrations.pretrained",
+        "integrations.diffusers",
+    ],
+    "jax": ["arrays", "trackers.jax", "integrations.jax", "integrations.optax"],
+    "lightning": ["integrations.lightning"],
+    "pytorch_lightning": ["integrations.lightning"],
+    "transformers": ["integrations.transformers"],
+    "optax": ["integrations.optax"],
 }
 
 PACKAGE = ROOT / "posthoc_ema"
