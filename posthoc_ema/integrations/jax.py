@@ -179,13 +179,15 @@ class SnapshotWriter:
         encoding: str = "float32",
         unit: str = "steps",
     ) -> None:
-        if (every is None) == (schedule is None):
+        if every is not None and schedule is None:
+            schedule = Every(every)
+        elif schedule is None or every is not None:
             raise ValueError("give either every or schedule: when to write snapshots")
         if isinstance(schedule, ThinningSchedule):
             raise ValueError("this writer does not thin; use posthoc_ema.prune afterwards")
         self._profiles = (tracker if isinstance(tracker, PureEMA) else PureEMA(tracker)).profiles
         self.store = SnapshotStore(snapshots)
-        self._schedule: Schedule = Every(every) if every is not None else schedule  # type: ignore[assignment]
+        self._schedule = schedule
         self._encoding, self._unit = check_encoding(encoding), unit
         self._run_id: str | None = None
         self._handled: float = 0

@@ -13,7 +13,7 @@ from posthoc_ema.integrations.loop import Swap, check_start, check_start_argumen
 if "lightning" not in sys.modules and "pytorch_lightning" in sys.modules:
     from pytorch_lightning.callbacks import Callback
 else:
-    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.callbacks import Callback  # type: ignore[no-redef]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from loop_averages import assert_average, snapshot_of
+from page_sections import assert_averaging_helped, run_example, run_section
 
 from posthoc_ema import EMA, SnapshotStore, StateError, StructureError, reconstruct
 
@@ -351,3 +352,15 @@ def test_a_frozen_part_that_thaws_changes_nothing(tmp_path: Path) -> None:
     step_weights(model, 1)
     ema.update(model)
     assert set(ema.average()) == names
+
+
+@pytest.mark.parametrize("heading", ["accelerate and diffusers", "PEFT and LoRA"])
+def test_the_page(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_section(heading) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_diffusers", "train_peft"])
+def test_the_examples(name: str, tmp_path: Path) -> None:
+    assert_averaging_helped(run_example(name, tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import pickle
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_close, assert_equal
+from page_sections import assert_averaging_helped, run_example, run_section
 
 from posthoc_ema import (
     EMA,
@@ -350,3 +353,27 @@ def test_weights_go_back_by_name_and_type() -> None:
         put_into(tree, {"c": jnp.zeros(1)})
     with pytest.raises(StructureError, match=r"a has shape \(2,\) in the tree, \(3,\)"):
         put_into(tree, {"a": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("heading", ["JAX and Optax", "Flax NNX", "Equinox"])
+def test_the_page(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_section(heading) == 2
+
+
+@pytest.mark.parametrize("name", ["train_optax"])
+def test_the_examples(name: str, tmp_path: Path) -> None:
+    assert_averaging_helped(run_example(name, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_nnx", "train_equinox"])
+def test_the_slower_examples(name: str, tmp_path: Path) -> None:
+    assert_averaging_helped(run_example(name, tmp_path))
+
+
+@pytest.mark.parametrize("module", ["jax", "optax"])
+def test_docstring_examples(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"posthoc_ema.integrations.{module}"))
+    assert results.attempted > 0
+    assert results.failed == 0

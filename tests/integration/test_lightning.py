@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from loop_averages import assert_average, snapshot_of
+from page_sections import assert_averaging_helped, run_example, run_section
 
 from posthoc_ema import SnapshotStore, StateError, reconstruct
 
@@ -302,3 +303,14 @@ def test_the_swap_does_not_survive_its_own_failure() -> None:
     with pytest.raises(StateError):
         swap.enter(Broken(), SimpleNamespace(), 0.1)  # type: ignore[arg-type]
     assert not swap.active
+
+
+@pytest.mark.parametrize("heading", ["PyTorch Lightning"])
+def test_the_page(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_section(heading) == 2
+
+
+@pytest.mark.parametrize("name", ["train_lightning"])
+def test_the_examples(name: str, tmp_path: Path) -> None:
+    assert_averaging_helped(run_example(name, tmp_path))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from loop_averages import assert_average, snapshot_of
+from page_sections import assert_averaging_helped, run_example, run_section
 from safetensors.torch import load_file
 
 from posthoc_ema import EMA, CorruptSnapshotError, SnapshotStore, StateError, reconstruct
@@ -233,3 +234,15 @@ def test_state_files(runs: Any, tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, path)
     with pytest.raises(StateError, match="is no state of an EMA"):
         load_state(path)
+
+
+@pytest.mark.parametrize("heading", ["transformers.Trainer"])
+def test_the_page(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_section(heading) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_transformers"])
+def test_the_examples(name: str, tmp_path: Path) -> None:
+    assert_averaging_helped(run_example(name, tmp_path))
