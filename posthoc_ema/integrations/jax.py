@@ -61,11 +61,11 @@ class PureEMA:
 
     Example:
         >>> tracker = PureEMA((0.05, 0.10))
-        >>> state = tracker.init({"w": jnp.zeros(2)})
+        >>> state, update = tracker.init({"w": jnp.zeros(2)}), jax.jit(tracker.update)
         >>> for step in range(1, 101):
-        ...     state = jax.jit(tracker.update)(state, {"w": jnp.full(2, 0.01 * step)})
-        >>> [float(average["w"][0].round(2)) for average in state.averages]
-        [0.94, 0.89]
+        ...     state = update(state, {"w": jnp.full(2, 0.01 * step)})
+        >>> [round(float(average["w"][0]), 2) for average in state.averages]
+        [0.95, 0.89]
 
     Source:
         Karras et al. 2024, arXiv:2312.02696, Eq. 127.

@@ -355,7 +355,14 @@ def test_weights_go_back_by_name_and_type() -> None:
         put_into(tree, {"a": jnp.zeros(3)})
 
 
-@pytest.mark.parametrize("heading", ["JAX and Optax", "Flax NNX", "Equinox"])
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "JAX and Optax",
+        pytest.param("Flax NNX", marks=pytest.mark.slow),
+        pytest.param("Equinox", marks=pytest.mark.slow),
+    ],
+)
 def test_the_page(heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_section(heading) == 2

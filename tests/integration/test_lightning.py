@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from loop_averages import assert_average, snapshot_of
 from page_sections import assert_averaging_helped, run_example, run_section
 
@@ -303,6 +308,27 @@ def test_the_swap_does_not_survive_its_own_failure() -> None:
     with pytest.raises(StateError):
         swap.enter(Broken(), SimpleNamespace(), 0.1)  # type: ignore[arg-type]
     assert not swap.active
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (ROOT, here, here.parent)))
+    subprocess.run(
+        [sys.executable, here / "lightning_ddp.py", tmp_path],
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    ranks = [json.loads((tmp_path / f"rank-{k}.json").read_text()) for k in range(2)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["t"] == 8  # 8 batches, shared by two, in each of two epochs
+    snapshots = SnapshotStore(tmp_path / "ema").verify()
+    assert [s.t for s in snapshots] == [4, 4, 8, 8]
+    sums = {
+        n: float(v.double().sum()) for n, v in reconstruct(tmp_path / "ema", 0.1).params.items()
+    }
+    assert sums == ranks[0]["sums"]
 
 
 @pytest.mark.parametrize("heading", ["PyTorch Lightning"])
