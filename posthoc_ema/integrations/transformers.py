@@ -79,7 +79,7 @@ class EMACallback(TrainerCallback):
             ValueError: If no such track is kept.
         """
         check_track(self.ema, sigma_rel, "sigma_rel")
-        loop = trainer.evaluation_loop
+        loop = getattr(trainer.evaluation_loop, "plain", trainer.evaluation_loop)
 
         @wraps(loop)
         def averaged(*args: Any, **kwargs: Any) -> Any:
@@ -88,6 +88,7 @@ class EMACallback(TrainerCallback):
             with self.ema.applied(trainer.model, sigma_rel):
                 return loop(*args, **kwargs)
 
+        averaged.plain = loop  # type: ignore[attr-defined]  # a second call replaces the first
         trainer.evaluation_loop = averaged
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -204,6 +204,8 @@ def _check_tensor(name: str, tensor: Any) -> None:
         problem = "is not initialised yet; run the model once before the first update"
     elif hasattr(tensor, "to_local"):
         problem = "is a DTensor (FSDP2, tensor parallel), which this version cannot track"
+    elif hasattr(tensor, "ds_tensor"):
+        problem = "is partitioned by DeepSpeed ZeRO-3, which this version cannot track"
     elif tensor.is_meta:
         problem = "is on the meta device and holds no values; materialise the model first"
     elif tensor.layout != torch.strided or tensor.dtype not in DTYPES:

@@ -24,6 +24,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Its state is one for the process: a Trainer of another test must not set it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture(scope="module")
 def diffusers() -> ModuleType:
     import diffusers
@@ -233,6 +242,17 @@ def test_a_reconstruction_becomes_a_model_folder(
     loaded = type(model).from_pretrained(tmp_path / "made")
     assert same(snapshot_of(loaded), {k: weights.params[k].numpy() for k in before})
     assert 0 < weights.predicted_error < 1
+
+
+def test_a_compiled_model_becomes_a_model_folder(tmp_path: Path) -> None:
+    from posthoc_ema.integrations.pretrained import save_pretrained
+
+    model = tiny_gpt2()
+    compiled = torch.compile(model, backend="eager")
+    track(compiled, tmp_path / "ema")
+    weights = save_pretrained(tmp_path / "ema", 0.07, compiled, tmp_path / "made")
+    loaded = snapshot_of(type(model).from_pretrained(tmp_path / "made"))
+    assert same(loaded, {k: weights.params[k].numpy() for k in loaded})
 
 
 def test_part_of_a_larger_module_and_half_precision(tmp_path: Path) -> None:

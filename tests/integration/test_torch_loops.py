@@ -18,7 +18,7 @@ from page_sections import (
     sections_with_code,
 )
 
-from posthoc_ema import EMA, SnapshotStore
+from posthoc_ema import EMA, SnapshotStore, StructureError
 
 
 def make_model() -> Any:
@@ -57,6 +57,15 @@ def test_enabling_in_the_middle_with_the_true_time(tmp_path: Path) -> None:
     assert_average(ema.average(), history, 0.1)
     assert [s.t for s in SnapshotStore(tmp_path).list()] == [101, 120, 140, 160]
     assert {s.run.t_first for s in SnapshotStore(tmp_path).list()} == {101}
+
+
+def test_partitioned_weights_are_refused() -> None:
+    # What DeepSpeed ZeRO-3 leaves in a module between passes: parameters of no elements.
+    model = make_model()
+    model[0].weight.data = torch.empty(0)
+    model[0].weight.ds_tensor = torch.empty(16)
+    with pytest.raises(StructureError, match=r"0\.weight is partitioned by DeepSpeed ZeRO-3"):
+        EMA().update(model)
 
 
 def test_long_lists_of_names_are_looked_up() -> None:

@@ -171,6 +171,7 @@ def test_evaluation_sees_averages_and_checkpoints_do_not(
         tmp_path, callback, history, max_steps=8, save_strategy="steps", save_steps=4,
         eval_strategy="steps", eval_steps=4, load_best_model_at_end=True, eval_on_start=True,
     )  # fmt: skip
+    callback.evaluate_with(trainer, 0.05)  # the last call holds
     callback.evaluate_with(trainer, 0.1)
     trainer.train()
     assert [step for step, _ in history.evaluated] == [0, 4, 8]
@@ -196,6 +197,28 @@ def test_evaluation_sees_averages_and_checkpoints_do_not(
     assert same(before, snapshot_of(trainer.model))
     with pytest.raises(ValueError, match=r"sigma_rel=0\.07 is not among the tracks"):
         callback.evaluate_with(trainer, 0.07)
+
+
+def test_adapters_alone_in_a_trainer(runs: Any, ema_callback: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def model() -> Any:
+        lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        return get_peft_model(runs.tiny_gpt2(), lora)
+
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    whole = ema_callback()
+    runs.make_trainer(tmp_path / "whole", whole, model=model(), max_steps=6).train()
+    first, second = ema_callback(), ema_callback()
+    runs.make_trainer(tmp_path / "cut", first, model=model(), max_steps=6, **options).train()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    state = load_file(tmp_path / "cut" / "checkpoint-3" / "ema_state.safetensors")
+    assert all("lora_" in name for name in state)
+    runs.make_trainer(tmp_path / "cut", second, model=model(), max_steps=6, **options).train(
+        resume_from_checkpoint=True
+    )
+    assert whole.ema.average(0.1)
+    assert same(whole.ema.average(0.1), second.ema.average(0.1))
 
 
 def test_state_files(runs: Any, tmp_path: Path) -> None:
