@@ -38,6 +38,9 @@ class EMAModel:
         **options: Of :class:`posthoc_ema.EMA`: ``snapshots``, ``every``, ``schedule``,
             ``encoding``, ``include``, ``exclude``, ``device``, ``unit``, ``nonfinite``.
 
+    Attributes:
+        ema: The :class:`posthoc_ema.EMA`. At the end of training call its ``snapshot``.
+
     Raises:
         TypeError: If parameters were given.
         ValueError: If an argument is outside its domain.

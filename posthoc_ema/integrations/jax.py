@@ -192,7 +192,7 @@ class SnapshotWriter:
         self._run_id: str | None = None
         self._handled: float = 0
 
-    def __call__(self, state: EMAState, params: Any) -> list[Snapshot]:
+    def __call__(self, state: EMAState, params: Any, *, now: bool = False) -> list[Snapshot]:
         """Write a snapshot of every track if one is due since the last call.
 
         Reading the time waits for the device: call this after a compiled function of many steps.
@@ -201,9 +201,10 @@ class SnapshotWriter:
         Args:
             state: The state.
             params: Parameters of the same time, for types and for leaves that are not averaged.
+            now: Write even if none is due, as at the end of training.
 
         Returns:
-            What was written.
+            What was written; nothing for tracks already on disk at this time.
 
         Raises:
             SnapshotError: If the folder holds another run's snapshots.
@@ -226,7 +227,7 @@ class SnapshotWriter:
             self.store.claim(run, t)
             self._handled = max((s.t for s in self.store.scan()[0]), default=0)
             self._run_id = run_id
-        if not self._schedule.due(self._handled, t):
+        if not now and not self._schedule.due(self._handled, t):
             return []
         present = {s.profile for s in self.store.scan()[0] if s.t == t}
         written = [

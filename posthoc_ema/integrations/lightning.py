@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from posthoc_ema.ema import EMA
 from posthoc_ema.errors import StateError
 from posthoc_ema.integrations.loop import Swap, check_start, check_start_argument, check_track
 
-if "lightning" not in sys.modules and "pytorch_lightning" in sys.modules:
-    from pytorch_lightning.callbacks import Callback
-else:
-    from lightning.pytorch.callbacks import Callback  # type: ignore[no-redef]
+# Two names of one framework, each with classes of its own: that which is in use, or installed.
+_OLD = "pytorch_lightning"
+_USES_OLD = "lightning" not in sys.modules and (_OLD in sys.modules or not find_spec("lightning"))
+Callback: Any = import_module(f"{_OLD if _USES_OLD else 'lightning.pytorch'}.callbacks").Callback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +30,8 @@ class EMACallback(Callback):
     """Averages the weights of a LightningModule after every optimiser step.
 
     Works with ``lightning.pytorch`` and ``pytorch_lightning``. The averages are part of every
-    checkpoint and are loaded with it. Weights in checkpoints are always the raw ones.
+    checkpoint and are loaded with it. Weights in checkpoints are always the raw ones. A last
+    snapshot is written when training ends, whether or not one is due.
 
     Args:
         sigma_rel: EMA lengths to track, as of :class:`posthoc_ema.EMA`.
@@ -41,6 +45,9 @@ class EMACallback(Callback):
             none. By default that is an error.
         **options: Of :class:`posthoc_ema.EMA`: ``snapshots``, ``every``, ``schedule``,
             ``encoding``, ``include``, ``exclude``, ``device``, ``unit``, ``nonfinite``.
+
+    Attributes:
+        ema: The :class:`posthoc_ema.EMA`, for ``average``, ``applied`` and the like.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -84,6 +91,11 @@ class EMACallback(Callback):
             self._step = trainer.global_step
             self.ema.update(pl_module, t=self._time(trainer, pl_module))
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write a last snapshot, so that averages at the end can be reconstructed."""
+        if self.ema.store is not None and self.ema.t:
+            self.ema.snapshot()
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the averages into the module."""
         self._enter(pl_module)
@@ -125,7 +137,7 @@ class EMACallback(Callback):
         if self._swap.active:
             self._swap.leave()
             weights = trainer.strategy.lightning_module_state_dict()
-            checkpoint["state_dict"] = {name: value.clone() for name, value in weights.items()}
+            checkpoint["state_dict"] = deepcopy(weights)  # which share memory with the module
             self._swap.enter(self.ema, pl_module, self._validate_with)
 
     def _enter(self, module: Any) -> None:

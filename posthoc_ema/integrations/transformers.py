@@ -29,7 +29,8 @@ class EMACallback(TrainerCallback):
 
     The averages are saved into each checkpoint folder as ``ema_state.safetensors`` and loaded
     from there on resuming. Which averages belong to a checkpoint is in its ``trainer_state.json``
-    too, so that no others are taken for them.
+    too, so that no others are taken for them. A last snapshot is written when training ends,
+    whether or not one is due.
 
     Args:
         sigma_rel: EMA lengths to track, as of :class:`posthoc_ema.EMA`.
@@ -42,6 +43,9 @@ class EMACallback(TrainerCallback):
             callbacks are not told. Needed only if it is not in ``output_dir``.
         **options: Of :class:`posthoc_ema.EMA`: ``snapshots``, ``every``, ``schedule``,
             ``encoding``, ``include``, ``exclude``, ``device``, ``unit``, ``nonfinite``.
+
+    Attributes:
+        ema: The :class:`posthoc_ema.EMA`, for ``average``, ``applied`` and the like.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -111,9 +115,19 @@ class EMACallback(TrainerCallback):
             "run_id": self._run_id,
         }
         state.stateful_callbacks[_KEY] = {"args": {}, "attributes": attributes}
+        if state.global_step >= state.max_steps:
+            self._write_last()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write a last snapshot of a run that stopped early."""
+        # The best model, if it was loaded, has buffers of another time; it was saved before.
+        if not args.load_best_model_at_end:
+            self._write_last()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the averages into the checkpoint that was just saved."""
+        if control.should_training_stop:
+            self._write_last()
         averages = self.ema.state_dict()  # by every process
         if not args.should_save:
             return
@@ -124,6 +138,10 @@ class EMACallback(TrainerCallback):
                 "needs a callback for each trial, and cannot be resumed with averages"
             )
         save_state(averages, folder / STATE_FILE)
+
+    def _write_last(self) -> None:
+        if self.ema.store is not None and self.ema.t:
+            self.ema.snapshot()
 
     def _find(self, args: Any, state: Any, noted: Any) -> Path:
         """The file with the averages that the checkpoint says it has."""

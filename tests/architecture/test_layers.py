@@ -64,8 +64,6 @@ HOMES = {
         "integrations.diffusers",
     ],
     "jax": ["arrays", "trackers.jax", "integrations.jax", "integrations.optax"],
-    "lightning": ["integrations.lightning"],
-    "pytorch_lightning": ["integrations.lightning"],
     "transformers": ["integrations.transformers"],
     "optax": ["integrations.optax"],
 }

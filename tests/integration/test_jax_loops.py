@@ -236,8 +236,11 @@ def test_the_writer_waits_for_an_update_and_a_due_time(tmp_path: Path) -> None:
         state = tracker.update(state, params_at(step))
         written += writer(state, params_at(step))
     assert [s.t for s in written] == [3, 6]
+    assert writer(state, params_at(7)) == []
+    assert [s.t for s in writer(state, params_at(7), now=True)] == [7]
+    assert writer(state, params_at(7), now=True) == []
     assert written[0].averages["half"] == "BF16"
-    assert_equal(reconstruct(tmp_path, 0.1).buffers["n"], 6)
+    assert_equal(reconstruct(tmp_path, 0.1).buffers["n"], 7)
     for arguments in ({}, {"every": 1, "schedule": written}):
         with pytest.raises(ValueError, match="either every or schedule"):
             SnapshotWriter(0.1, tmp_path, **arguments)

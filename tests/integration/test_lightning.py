@@ -50,7 +50,7 @@ def same(first: Any, second: Any) -> bool:
 def test_every_optimizer_step_is_averaged(
     runs: Any, ema_callback: Any, tmp_path: Path, accumulate: int
 ) -> None:
-    callback = ema_callback(snapshots=tmp_path / "ema", every=2)
+    callback = ema_callback(snapshots=tmp_path / "ema", every=5)
     net = runs.make_net()
     trainer = runs.make_trainer(tmp_path, callback, accumulate_grad_batches=accumulate)
     trainer.fit(net, runs.data())
@@ -60,7 +60,9 @@ def test_every_optimizer_step_is_averaged(
     assert len(net.history) == steps
     for sigma_rel in (0.05, 0.10):
         assert_average(callback.ema.average(sigma_rel), net.history, sigma_rel)
-    assert {s.t for s in SnapshotStore(tmp_path / "ema").list()} == set(range(2, steps + 1, 2))
+    # One more at the end, though none was due.
+    written = {s.t for s in SnapshotStore(tmp_path / "ema").list()}
+    assert written == {*range(5, steps + 1, 5), steps}
     with pytest.raises(AssertionError):  # the comparison can fail
         assert_average(callback.ema.average(0.05), net.history, 0.10)
     net.load_state_dict(reconstruct(tmp_path / "ema", 0.07).state_dict())
@@ -308,6 +310,29 @@ def test_the_swap_does_not_survive_its_own_failure() -> None:
     with pytest.raises(StateError):
         swap.enter(Broken(), SimpleNamespace(), 0.1)  # type: ignore[arg-type]
     assert not swap.active
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "home"),
+    [
+        ("import pytorch_lightning", "pytorch_lightning.callbacks"),
+        ("import lightning, pytorch_lightning", "lightning.pytorch.callbacks"),
+        ("", "lightning.pytorch.callbacks"),
+    ],
+)
+def test_the_callback_is_one_of_the_package_in_use(first: str, home: str) -> None:
+    code = f"{first}\nfrom posthoc_ema.integrations.lightning import EMACallback as E\n"
+    code += "print(E.__mro__[1].__module__)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() == f"{home}.callback"
 
 
 @pytest.mark.slow

@@ -48,14 +48,34 @@ def same(first: Any, second: Any) -> bool:
 def test_every_optimizer_step_is_averaged(
     runs: Any, ema_callback: Any, tmp_path: Path, accumulate: int
 ) -> None:
-    callback, history = ema_callback(snapshots=tmp_path / "ema", every=4), runs.History()
+    callback, history = ema_callback(snapshots=tmp_path / "ema", every=5), runs.History()
     trainer = runs.make_trainer(tmp_path, callback, history, gradient_accumulation_steps=accumulate)
     trainer.train()
     assert callback.ema.t == trainer.state.global_step == 24 // accumulate
     for sigma_rel in (0.05, 0.10):
         assert_average(callback.ema.average(sigma_rel), history.weights, sigma_rel)
+    # One more at the end, though none was due.
+    written = {s.t for s in SnapshotStore(tmp_path / "ema").list()}
+    assert written == {*range(5, 24 // accumulate, 5), 24 // accumulate}
     # Tied weights included.
     trainer.model.load_state_dict(reconstruct(tmp_path / "ema", 0.07).state_dict())
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_a_run_that_stops_early(
+    runs: Any, ema_callback: Any, tmp_path: Path, load_best: bool
+) -> None:
+    class Stop(runs.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = True
+
+    callback, history = ema_callback(snapshots=tmp_path / "ema", every=100), runs.History()
+    strategies = {"eval_strategy": "epoch", "save_strategy": "epoch"} if load_best else {}
+    runs.make_trainer(
+        tmp_path, callback, history, Stop(), load_best_model_at_end=load_best, **strategies
+    ).train()
+    assert [s.t for s in SnapshotStore(tmp_path / "ema").list()] == [12, 12]
+    assert_average(reconstruct(tmp_path / "ema", 0.1).params, history.weights, 0.1)
 
 
 def test_time_in_tokens(runs: Any, ema_callback: Any, tmp_path: Path) -> None:
