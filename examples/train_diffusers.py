@@ -26,8 +26,7 @@ def main(folder):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     unet = UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
+        down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2, layers_per_block=1,
     )  # fmt: skip
     ema = EMAModel(unet, sigma_rel=(0.05, 0.10), snapshots=Path(folder, "ema"), every=20)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=4e-3)

@@ -17,12 +17,11 @@ from posthoc_ema.integrations.lightning import EMACallback
 class Regression(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        linear = torch.nn.Linear
-        self.net = torch.nn.Sequential(linear(4, 64), torch.nn.SiLU(), linear(64, 1))
+        layers = torch.nn.Linear(4, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1)
+        self.net = torch.nn.Sequential(*layers)
 
     def training_step(self, batch, batch_idx):
-        x, y = batch
-        return (self.net(x) - y).square().mean()
+        return (self.net(batch[0]) - batch[1]).square().mean()
 
     def validation_step(self, batch, batch_idx):
         self.log("loss", self.training_step(batch, batch_idx))
@@ -40,15 +39,13 @@ def data(rows, noise, batch_size):
 def main(folder):
     torch.manual_seed(0)
     module, train, valid = Regression(), data(6400, 1.0, 32), data(2048, 0.0, 2048)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    options = {"default_root_dir": folder, "accelerator": "cpu", **quiet}
+    last, options = Path(folder, "last.ckpt"), {"default_root_dir": folder, "accelerator": "cpu"}
+    options |= dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     for epochs in (3, 6):  # interrupted after three, and resumed
         ema = EMACallback(snapshots=Path(folder, "ema"), every=50, validate_with=0.10)
-        last = Path(folder, "last.ckpt")
         trainer = pl.Trainer(max_epochs=epochs, callbacks=[ema], **options)
         trainer.fit(module, train, valid, ckpt_path=last if last.exists() else None)
         trainer.save_checkpoint(last)
-        print(f"loss of the average in memory: {trainer.callback_metrics['loss']:.4f}")
 
     losses = {}
     for sigma_rel in (None, 0.05, 0.10, 0.15):

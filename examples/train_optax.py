@@ -39,11 +39,8 @@ def hundred_steps(params, state, key):
 
 def main(folder):
     keys = jax.random.split(jax.random.key(0), 22)
-    params = {
-        "hidden": jax.random.normal(keys[-1], (4, 64)) / 2,
-        "bias": jnp.zeros(64),
-        "out": jax.random.normal(keys[-2], (64,)) / 8,
-    }
+    hidden, out = jax.random.normal(keys[-1], (4, 64)), jax.random.normal(keys[-2], (64,))
+    params = {"hidden": hidden / 2, "bias": jnp.zeros(64), "out": out / 8}
     state = optimizer.init(params)  # saved with your checkpoint, averages and time are too
     writer = SnapshotWriter((0.05, 0.10), folder, every=100)
     for key in keys[:20]:

@@ -31,8 +31,7 @@ def loss_of(model, rows):
 
 
 def main(folder):
-    targets = ["c_attn", "c_fc", "lm_head"]
-    lora = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True, init_lora_weights=True)
+    lora = LoraConfig(r=4, target_modules=["c_attn", "c_fc", "lm_head"], fan_in_fan_out=True)
     model = get_peft_model(base_model(), lora)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     ema = EMA(sigma_rel=(0.05, 0.10), snapshots=Path(folder, "ema"), every=25)
@@ -42,15 +41,13 @@ def main(folder):
         optimizer.step()
         ema.update(model)  # adapters alone, by default
 
-    model.eval()
     losses = {}
     for sigma_rel in (None, 0.05, 0.10, 0.20):
         loaded = model
         if sigma_rel is not None:
-            save_pretrained(
-                Path(folder, "ema"), sigma_rel, model, Path(folder, f"lora-{sigma_rel}")
-            )
-            loaded = PeftModel.from_pretrained(base_model(), Path(folder, f"lora-{sigma_rel}"))
+            out = Path(folder, f"lora-{sigma_rel}")
+            save_pretrained(Path(folder, "ema"), sigma_rel, model, out)
+            loaded = PeftModel.from_pretrained(base_model(), out)
         torch.manual_seed(1)
         with torch.no_grad():
             losses[sigma_rel] = float(loss_of(loaded.eval(), 512))

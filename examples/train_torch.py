@@ -9,22 +9,24 @@ from pathlib import Path
 
 import torch
 
-from posthoc_ema import EMA, predict_error, reconstruct
+from posthoc_ema import EMA, reconstruct
 
 
-def make():
+def make(folder):
     model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
-    return model, torch.optim.Adam(model.parameters(), lr=1e-2)
+    ema = EMA(sigma_rel=(0.05, 0.10), snapshots=Path(folder, "ema"), every=100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    return {"model": model, "optimizer": optimizer, "ema": ema}
 
 
 def loss_of(model, batch, noise):
     x = torch.randn(batch, 4)
-    truth = torch.sin(2 * x).sum(1, keepdim=True)
-    return (model(x) - truth - noise * torch.randn(batch, 1)).square().mean()
+    y = torch.sin(2 * x).sum(1, keepdim=True) + noise * torch.randn(batch, 1)
+    return (model(x) - y).square().mean()
 
 
-def train(model, optimizer, ema, steps):
-    for _ in range(steps):
+def train(model, optimizer, ema):
+    for _ in range(1000):
         optimizer.zero_grad()
         loss_of(model, 32, noise=1.0).backward()
         optimizer.step()
@@ -33,30 +35,24 @@ def train(model, optimizer, ema, steps):
 
 def main(folder):
     torch.manual_seed(0)
-    model, optimizer = make()
-    ema = EMA(sigma_rel=(0.05, 0.10), snapshots=Path(folder, "ema"), every=100)
-    train(model, optimizer, ema, 1000)
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**states, "ema": ema.state_dict()}, Path(folder, "checkpoint.pt"))
+    parts = make(folder)
+    train(**parts)
+    torch.save({n: part.state_dict() for n, part in parts.items()}, Path(folder, "checkpoint.pt"))
 
     # Another process: the tracker goes on where it stood.
-    model, optimizer = make()
-    ema = EMA(sigma_rel=(0.05, 0.10), snapshots=Path(folder, "ema"), every=100)
-    checkpoint = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
-    for part, name in ((model, "model"), (optimizer, "optimizer"), (ema, "ema")):
-        part.load_state_dict(checkpoint[name])
-    train(model, optimizer, ema, 1000)
+    parts = make(folder)
+    for name, state in torch.load(Path(folder, "checkpoint.pt"), weights_only=True).items():
+        parts[name].load_state_dict(state)
+    train(**parts)
 
     # Any time later: every length, from the snapshots.
-    losses = {}
+    model, losses = parts["model"], {}
     for sigma_rel in (None, 0.02, 0.05, 0.10, 0.15):
         if sigma_rel is not None:
             model.load_state_dict(reconstruct(Path(folder, "ema"), sigma_rel).state_dict())
-        with torch.no_grad():
-            torch.manual_seed(1)
-            losses[sigma_rel] = float(loss_of(model, 4096, noise=0.0))
+        torch.manual_seed(1)
+        losses[sigma_rel] = loss_of(model, 4096, noise=0.0).item()
         print(f"sigma_rel {sigma_rel or 'raw weights'}: loss {losses[sigma_rel]:.4f}")
-    print(f"predicted error at 0.07: {predict_error(Path(folder, 'ema'), 0.07):.1e}")
     return losses
 
 
