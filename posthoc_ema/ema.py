@@ -51,7 +51,8 @@ class EMA:
             ``"delta8"`` (half of them), ``"delta6"``, ``"delta4"``. Those hold the last
             snapshots in memory as float64 (both of the last time, of others up to 2 GB), and
             need the files before them to be read.
-        include: Track only tensors whose names match one of these shell-style patterns.
+        include: Track only tensors whose names match one of these shell-style patterns. By
+            default everything; of a model with PEFT adapters, only what is trained.
         exclude: Leave out tensors whose names match one of these.
         device: Where to keep averages (PyTorch only); by default with the weights. ``"cpu"``
             spares GPU memory and costs a transfer at each update.
@@ -131,6 +132,11 @@ class EMA:
     def t(self) -> float:
         """Time of the averages: that of the last update, 0 before the first."""
         return self._t
+
+    @property
+    def clock(self) -> float:
+        """Time up to which updates were seen: like :attr:`t`, but skipped ones count."""
+        return self._clock
 
     @property
     def sigma_rel(self) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from posthoc_ema.boxes import Box
@@ -76,8 +77,8 @@ class Selection:
 
     def __call__(self, name: str) -> bool:
         """Whether to track the tensor of this name."""
-        chosen = self.include is None or any(fnmatchcase(name, p) for p in self.include)
-        return chosen and not any(fnmatchcase(name, p) for p in self.exclude)
+        chosen = self.include is None or _matches(name, self.include)
+        return chosen and not _matches(name, self.exclude)
 
     def check(self, names: Sequence[str]) -> None:
         """Each pattern must match something: a misspelt one would silently track the wrong set.
@@ -85,13 +86,30 @@ class Selection:
         Raises:
             StructureError: If a pattern matches no name.
         """
+        known = frozenset(names)
         for pattern in (*(self.include or ()), *self.exclude):
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if pattern not in known and not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(list(names)[:8])
                 raise StructureError(
                     f"the pattern {pattern!r} matches no tensor of the model; its names are "
                     f"{shown}{', ...' if len(names) > 8 else ''}"
                 )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name is one of the patterns, or matches one.
+
+    Lists of plain names may be long: those of an adapter, thousands, for each of as many tensors.
+    """
+    names, wildcards = _split(patterns)
+    return name in names or any(fnmatchcase(name, pattern) for pattern in wildcards)
+
+
+@lru_cache(maxsize=64)
+def _split(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Plain names, and patterns with wildcards."""
+    wildcards = tuple(p for p in patterns if any(c in p for c in "*?["))
+    return frozenset(patterns), wildcards
 
 
 def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -5,6 +5,7 @@ Inside ``jit`` or ``scan`` use the functions: they take and return plain pytrees
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -59,24 +60,27 @@ def _update_tracks(tracks: list[Any], params: Any, weights: list[Any]) -> list[A
 
 
 class JaxTracker(Tracker):
-    """Averages of a pytree; leaves that are not arrays stay as they are."""
+    """Averages of a pytree; leaves that are not arrays stay as they are.
+
+    Batch statistics and other variables of Flax NNX that are no weights are copied.
+    """
 
     framework = "jax"
 
     def __init__(self, model: Any, select: Selection, tracks: int) -> None:
         self._select = select
-        pairs, self._treedef = _flatten(model)
+        pairs, self._treedef = named_leaves(model)
         select.check([name for name, leaf in pairs if _is_array(leaf)])
         self._pairs = pairs
         self._leaves = self._collect(pairs)
-        self.specs = _describe(self._leaves)
+        self.specs = _describe(self._leaves, _copied(model))
         self.aliases = {}
         self._tracks = tracks
         self._averages: list[dict[str, Any]] = [{} for _ in range(tracks)]
 
     def check(self, model: Any) -> None:
         """Every update brings new arrays: take them, if names and shapes agree."""
-        pairs, treedef = _flatten(model)
+        pairs, treedef = named_leaves(model)
         leaves = self._collect(pairs)
         if (
             treedef != self._treedef
@@ -110,6 +114,10 @@ class JaxTracker(Tracker):
             (name, None if name in averaged else self._leaves.get(name, leaf))
             for name, leaf in self._pairs
         ]
+
+    def adopt(self, averages: Sequence[dict[str, Any]]) -> None:
+        """Take averages that were made elsewhere, by name, without copying them."""
+        self._averages = list(averages)
 
     def average(self, track: int, name: str) -> Any:
         """A copy of one average: the next update donates its own."""
@@ -152,7 +160,7 @@ class JaxTracker(Tracker):
     @contextmanager
     def applied(self, model: Any, track: int) -> Iterator[Any]:
         """Arrays are immutable: yield a tree with averages, in the types of the given one."""
-        pairs, treedef = _flatten(model)
+        pairs, treedef = named_leaves(model)
         check_specs(self.specs, _describe(self._collect(pairs)))
         averaged = {spec.name for spec in self.averaged}
         leaves = [
@@ -176,9 +184,51 @@ class JaxTracker(Tracker):
         return {n: np.array(x) if isinstance(x, np.ndarray) else x for n, x in leaves.items()}
 
 
-def _flatten(model: Any) -> tuple[list[tuple[str, Any]], Any]:
+def named_leaves(model: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Leaves of a pytree by dotted names, in order, and its structure.
+
+    A variable of Flax NNX is one leaf to its users: its name is that of the variable.
+    """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(model)
-    return [(".".join(_key(k) for k in path), leaf) for path, leaf in pairs], treedef
+    variables = dict(_variables(model))
+    named = []
+    for path, leaf in pairs:
+        inner = path[:-1] if path[:-1] in variables else path
+        named.append((".".join(_key(k) for k in inner), leaf))
+    return named, treedef
+
+
+def averaged_leaves(model: Any) -> tuple[list[Any], Any, list[bool]]:
+    """Leaves of a pytree in order, its structure, and which leaves are averaged."""
+    pairs, treedef = named_leaves(model)
+    copied = _copied(model)
+    averaged = [
+        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact) and name not in copied
+        for name, leaf in pairs
+    ]
+    return [leaf for _, leaf in pairs], treedef, averaged
+
+
+def _variables(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Flax NNX variables of a pytree with their paths, if that library is in use."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return []
+    found = jax.tree_util.tree_flatten_with_path(
+        model, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return [(path, x) for path, x in found[0] if isinstance(x, nnx.Variable)]
+
+
+def _copied(model: Any) -> frozenset[str]:
+    """Names of what a Flax NNX model keeps beside its weights: statistics, caches, counters."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return frozenset()
+    kinds = (nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.RngState)
+    return frozenset(
+        ".".join(_key(k) for k in path) for path, x in _variables(model) if isinstance(x, kinds)
+    )
 
 
 def _key(key: Any) -> str:
@@ -196,11 +246,12 @@ def _is_array(leaf: Any) -> bool:
     )
 
 
-def _describe(leaves: Mapping[str, Any]) -> list[TensorSpec]:
+def _describe(leaves: Mapping[str, Any], copied: frozenset[str] = frozenset()) -> list[TensorSpec]:
     specs = []
     for name, leaf in leaves.items():
         dtype = describe_dtype(name, _own_dtype(leaf))
-        specs.append(TensorSpec(name, tuple(leaf.shape), dtype, dtype in FLOATING))
+        averaged = dtype in FLOATING and name not in copied
+        specs.append(TensorSpec(name, tuple(leaf.shape), dtype, averaged))
     return specs
 
 

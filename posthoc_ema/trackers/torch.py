@@ -31,7 +31,7 @@ from posthoc_ema.trackers.base import (
     flatten_mapping,
     unflatten_like,
 )
-from posthoc_ema.trackers.torch_model import bind, real_view, restored
+from posthoc_ema.trackers.torch_model import adapters_alone, bind, real_view, restored
 from posthoc_ema.trackers.torch_sharded import (
     all_agree,
     is_sharded,
@@ -103,8 +103,8 @@ class TorchTracker(Tracker):
     def __init__(
         self, model: Any, select: Selection, tracks: int, device: str | torch.device | None
     ) -> None:
-        self._select, self._model = select, model
-        self._binding = bind(model, select, first=True)
+        self._select, self._model = adapters_alone(model, select), model
+        self._binding = bind(model, self._select, first=True)
         self.specs, self.aliases = self._binding.specs, self._binding.aliases
         self._specs = {spec.name: spec for spec in self.specs}
         self._places: dict[str, _Place] = {}

@@ -119,6 +119,24 @@ def bind(model: Any, select: Selection, first: bool = False) -> Binding:
     return Binding(specs, tensors, aliases, holders, held)
 
 
+def adapters_alone(model: Any, select: Selection) -> Selection:
+    """Of a model with PEFT adapters, what is trained, if the caller names nothing else.
+
+    The base model is frozen, and often a thousand times as large.
+    """
+    if select.include is not None or not isinstance(model, torch.nn.Module):
+        return select
+    if not any(getattr(module, "peft_config", None) for module in model.modules()):
+        return select
+    trained = tuple(name for name, tensor in _walk(_unwrap(model))[0] if tensor.requires_grad)
+    if not trained:
+        raise StructureError(
+            "the model has adapters, but nothing in it is trained (requires_grad is false "
+            'everywhere); load the adapter with is_trainable=True, or track all with include="*"'
+        )
+    return replace(select, include=trained)
+
+
 def _walk(model: torch.nn.Module) -> tuple[list[tuple[str, torch.Tensor]], list[dict[str, Any]]]:
     """Parameters and persistent buffers as ``state_dict`` orders them, without its hooks."""
     named: list[tuple[str, torch.Tensor]] = []
@@ -205,6 +223,8 @@ def _check_tensor(name: str, tensor: Any) -> None:
     problem = None
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
         problem = "is not initialised yet; run the model once before the first update"
+    elif hasattr(tensor, "ds_tensor"):
+        problem = "is partitioned by DeepSpeed ZeRO-3, which this version cannot track"
     elif tensor.is_meta:
         problem = "is on the meta device and holds no values; materialise the model first"
     elif tensor.layout != torch.strided or tensor.dtype not in DTYPES:

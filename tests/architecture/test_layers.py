@@ -37,6 +37,9 @@ LAYERS = [
     ["recording"],
     ["ema"],
     ["cli", "cli.*"],
+    ["integrations.__init__", "integrations.loop", "integrations.state_file"],
+    ["integrations.pretrained", "integrations.jax"],
+    [f"integrations.{name}" for name in ("lightning", "transformers", "diffusers", "optax")],
     ["__init__", "__main__"],
 ]
 
@@ -58,8 +61,16 @@ HOMES = {
     "tqdm": ["convert", "reconstruct", "sweep", "cli.*"],
     "click": ["cli", "cli.*"],
     "matplotlib": ["plots"],
-    "torch": ["arrays", "trackers.torch*"],
-    "jax": ["arrays", "trackers.jax"],
+    "torch": [
+        "arrays",
+        "trackers.torch*",
+        "integrations.state_file",
+        "integrations.pretrained",
+        "integrations.diffusers",
+    ],
+    "jax": ["arrays", "trackers.jax", "integrations.jax", "integrations.optax"],
+    "transformers": ["integrations.transformers"],
+    "optax": ["integrations.optax"],
 }
 
 PACKAGE = ROOT / "posthoc_ema"

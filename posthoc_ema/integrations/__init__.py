@@ -1,0 +1,1 @@
+"""Thin files over the public interface, one for each training framework."""
