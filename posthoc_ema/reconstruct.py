@@ -318,15 +318,15 @@ def _is_beyond(solution: Mapping[str, Solution], evidence: Evidence) -> bool:
 def _beyond(
     goal: Goal, t: float, error: float, nearest_error: float, usable: Sequence[Snapshot]
 ) -> str:
-    shortest = min(profile.sigma_rel for profile in goal.values())
-    tracked = sorted({s.profile.sigma_rel for s in usable})
+    shortest = min(profile.relative_moments(t)[1] for profile in goal.values())
+    tracked = sorted({float(f"{s.profile.relative_moments(s.t)[1]:.3g}") for s in usable})
     times = sorted({s.t for s in usable})
     interval = times[-1] - times[-2] if len(times) > 1 else t
     return (
         f"an average of sigma_rel={shortest:.3g} at t={t} is beyond what these snapshots "
         f"support: the predicted error is {error:.2g} of the weights' RMS, and the nearest "
         f"snapshot is off by {nearest_error:.2g}. It would have needed a track near it (kept: "
-        f"{', '.join(f'{x:.3g}' for x in tracked)}), or snapshots no further apart than "
+        f"{', '.join(map(str, tracked))}), or snapshots no further apart than "
         f"{shortest * t:.3g} towards the end (they are {interval:.3g} apart)"
     )
 

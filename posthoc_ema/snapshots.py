@@ -142,6 +142,7 @@ class SnapshotStore:
         copies: Sequence[CopySource] = (),
         aliases: Mapping[str, str] | None = None,
         encoding: str = "float32",
+        rounded_before: float = 0.0,
     ) -> Snapshot:
         """Write one snapshot, durable and complete when this returns.
 
@@ -160,7 +161,17 @@ class SnapshotStore:
                     "write the same run. Give snapshots= to one of them only"
                 )
             write_predicted(
-                path, run, t, profile, averages, copies, aliases, encoding, earlier, self._memory
+                path,
+                run,
+                t,
+                profile,
+                averages,
+                copies,
+                aliases,
+                encoding,
+                earlier,
+                self._memory,
+                rounded_before=rounded_before,
             )
             self._drop_refinements(s for s in earlier if s.profile == profile)
             return self._connected_at(path)
