@@ -114,7 +114,7 @@ def reconstruct(
         target: Instead of ``sigma_rel``, any profile, or several.
         t: Time of the average, up to that of the last snapshot; by default that. Snapshots
             after ``t`` are not used.
-        method: ``"kriging"`` or ``"paper"``, see :func:`posthoc_ema.solve`.
+        method: ``"kriging"``, ``"paper"`` or ``"plain"``, see :func:`posthoc_ema.solve`.
         out: Write safetensors instead of holding the result: a file ``name.safetensors`` for
             one target, else a folder. Above 5 GB a file is sharded with an index, as Hugging
             Face does.

@@ -84,7 +84,7 @@ _SHOWN = 6
 @click.option(
     "--averages",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for them; default: OUT-averages.",
+    help="Folder for them, where files of the same names are replaced; default: OUT-averages.",
 )
 @json_option
 def import_(
@@ -99,9 +99,8 @@ def import_(
     """Read the snapshots or checkpoints in SOURCE, which another program wrote, into OUT.
 
     Nothing in the files is executed: pickles are read as data, and a file that refers to any code
-    but that of tensors and modules is refused. SOURCE is left as it is, and may be a folder of
+    but that of tensors and modules is refused. SOURCE is left as it is. It may hold
 
-    \b
       network-snapshot-*.pkl    pickles of the official EDM2 code
       {track}.{step}.pt         ema-pytorch, pytorch-posthoc-ema: with --sigma-rel
       plain checkpoints         .safetensors, .pt, sharded folders, with their step in their names:

@@ -143,7 +143,7 @@ method_option = click.option(
     default=METHODS[0],
     show_default=True,
     help="What the coefficients minimise: the expected error of the weights, or, as the paper "
-    "does, the distance of the profiles.",
+    "does, the distance of the profiles; plain: raw checkpoints averaged as they are (LAWA, SWA).",
 )
 
 profile_option = click.option(
