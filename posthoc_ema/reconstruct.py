@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy as np
 from posthoc_ema.arrays import average_to_framework, check_framework, copy_to_framework
 from posthoc_ema.errors import SnapshotError
 from posthoc_ema.evidence import Evidence, gather_evidence
+from posthoc_ema.export import ModelFolder, is_torch_file, save_torch
 from posthoc_ema.profiles import Profile, as_profile
 from posthoc_ema.request import (
     EVERYTHING,
@@ -100,6 +101,7 @@ def reconstruct(
     progress: bool | None = None,
     overwrite: bool = True,
     verify: bool = True,
+    like: str | Path | None = None,
 ) -> Any:
     """Reconstruct averages of a finished or running training run from its snapshots.
 
@@ -117,7 +119,8 @@ def reconstruct(
         method: ``"kriging"``, ``"paper"`` or ``"plain"``, see :func:`posthoc_ema.solve`.
         out: Write safetensors instead of holding the result: a file ``name.safetensors`` for
             one target, else a folder. Above 5 GB a file is sharded with an index, as Hugging
-            Face does.
+            Face does. A name that ends in ``.pt`` is a file for ``torch.load``, of one target,
+            which is in memory before.
         framework: ``"numpy"``, ``"torch"`` or ``"jax"``; by default whichever wrote the
             snapshots.
         names: Only averaged tensors whose names match one of these patterns, and no buffers.
@@ -127,12 +130,15 @@ def reconstruct(
             at once; else they are an error before anything is read.
         verify: Compare the digests of all files on the way. Without, a pass takes about two
             thirds of the time, and damaged files give wrong weights.
+        like: Folder of a model as ``save_pretrained`` of transformers, diffusers or PEFT wrote
+            it: ``out`` becomes such a folder, with its configuration and these weights.
 
     Returns:
         A :class:`Reconstruction`, or a list of them if several targets were asked for.
 
     Raises:
         SnapshotError: If a file is damaged or foreign; the message names it.
+        StructureError: If the model in ``like`` holds other tensors.
         FileExistsError: If ``out`` exists and ``overwrite`` is false.
         ValueError: If an argument is outside its domain.
 
@@ -149,7 +155,21 @@ def reconstruct(
     usable, t = select_snapshots(snapshots, t)
     framework = check_framework(framework or usable[0].run.framework)
     assignment = assign(goals, select_names(usable[0], names))
-    paths = output_paths(out, goals, several, usable[0])
+    model = None if like is None else ModelFolder(like)
+    single = is_torch_file(out) or model is not None
+    if single and (several or out is None):
+        raise ValueError("a .pt file, and a folder like=, hold one result: give one sigma_rel")
+    if model is not None:
+        if names is not None:
+            raise ValueError("like= needs all tensors of the model; leave names= out")
+        model.check({*usable[-1].averages, *usable[-1].copies})
+        out = model.weights(str(out))
+    torch_file = Path(str(out)) if is_torch_file(out) else None
+    if torch_file is not None:
+        framework = check_framework("torch")
+    paths = [] if torch_file else output_paths(out, goals, several, usable[0])
+    if torch_file is not None and torch_file.exists() and not overwrite:
+        raise FileExistsError(f"{torch_file} exists; delete it or give another out=")
     for path in () if overwrite else paths:
         shards = path.parent.glob(f"{path.name.removesuffix('.safetensors')}-*-of-*.safetensors")
         for existing in (path, *shards):
@@ -197,6 +217,11 @@ def reconstruct(
             for pattern in goal
         }
         results.append(_result(goal, solution, share, usable, t, evidence, files[k], load))
+    if model is not None:
+        model.copy_to(paths[0].parent)
+    if torch_file is not None:
+        save_torch(results[0].state_dict(), torch_file)
+        results[0] = replace(results[0], files=[torch_file])
     return results if several else results[0]
 
 

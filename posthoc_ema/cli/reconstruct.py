@@ -19,6 +19,7 @@ from posthoc_ema.cli.options import (
     wanted_profiles,
 )
 from posthoc_ema.cli.output import Misuse, command, echo_json, format_error, note, table
+from posthoc_ema.export import is_torch_file
 from posthoc_ema.profiles import Profile
 from posthoc_ema.reconstruct import Reconstruction
 from posthoc_ema.reconstruct import reconstruct as reconstruct_averages
@@ -31,7 +32,7 @@ from posthoc_ema.snapshots import SnapshotStore
 @profile_option
 @out_option(
     "A folder, where each result gets a file named after its length; or, for a single result, "
-    "a file name.safetensors."
+    "a file name.safetensors, or name.pt for torch.load."
 )
 @time_option
 @method_option
@@ -41,6 +42,12 @@ from posthoc_ema.snapshots import SnapshotStore
     metavar="PATTERN",
     help="Only averaged tensors whose names match, such as 'decoder.*', and no buffers. May be "
     "given several times.",
+)
+@click.option(
+    "--like",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a Hugging Face model: --out becomes such a folder, with its configuration and "
+    "tokenizer, and the result as its weights.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace results that exist already.")
 @json_option
@@ -52,6 +59,7 @@ def reconstruct(
     t: float | None,
     method: str,
     names: tuple[str, ...],
+    like: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -65,15 +73,16 @@ def reconstruct(
       posthoc-ema reconstruct run/ema --sigma-rel 0.05,0.07 --out averages/
       posthoc-ema reconstruct run/ema --sigma-rel 0.07 --t 50000 --out at-50000.safetensors
       posthoc-ema reconstruct run/ema --profile uniform:window=0.2 --out averages/
+      posthoc-ema reconstruct run/ema --sigma-rel 0.07 --like model/ --out model-averaged/
     """
     targets = wanted_profiles(sigma_rel, profiles)
     if not targets:
         raise click.UsageError("say which average: --sigma-rel 0.05, or --profile ...")
-    is_file = out.name.endswith(".safetensors")
+    is_file = out.name.endswith(".safetensors") or is_torch_file(out)
     if (out.parent if is_file else out).resolve() == store.path.resolve():
         raise click.UsageError(f"--out {out} lies in the snapshot folder; give another folder")
     # In a folder even a single result is named after its length, which a sequence gives.
-    one_file = is_file and len(targets) == 1
+    one_file = (is_file or like is not None) and len(targets) == 1
     try:
         results: Any = reconstruct_averages(
             store,
@@ -84,6 +93,7 @@ def reconstruct(
             overwrite=overwrite,
             framework="numpy",
             names=names or None,
+            like=like,
         )
     except FileExistsError as error:
         raise Misuse(f"{error}, or add --overwrite to replace it") from error

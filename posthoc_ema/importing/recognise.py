@@ -7,8 +7,9 @@ from pathlib import Path
 
 from posthoc_ema.errors import SnapshotError
 from posthoc_ema.importing import checkpoints, edm2, ema_pytorch
-from posthoc_ema.importing.foreign import ForeignRun, Options
+from posthoc_ema.importing.foreign import ForeignRun, ForeignSnapshot, Options
 from posthoc_ema.importing.state_dict import is_checkpoint
+from posthoc_ema.profiles import Profile
 
 KINDS = (edm2.KIND, ema_pytorch.KIND, checkpoints.LISTED, checkpoints.NUMBERED)
 
@@ -83,7 +84,7 @@ def _sorted(run: ForeignRun, source: Path | Sequence[Path]) -> ForeignRun:
     snapshots = sorted(run.snapshots, key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0)))
     if not snapshots:
         raise SnapshotError(f"{_named(source)} holds no snapshots of a time > 0")
-    seen = {}
+    seen: dict[tuple[float, Profile], ForeignSnapshot] = {}
     for snapshot in snapshots:
         twin = seen.setdefault((snapshot.t, snapshot.profile), snapshot)
         if twin is not snapshot:

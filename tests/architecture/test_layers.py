@@ -15,7 +15,7 @@ LAYERS = [
     ["conversion", "encoding"],
     ["profiles", "arrays", "tensorfile", "kernels", "importing.region"],
     ["schedule", "movement", "snapshot_file", "journal", "profile_text", "importing.foreign"],
-    ["solve", "chain", "snapshot_writing", "sinks", "request", "trackers.base"],
+    ["solve", "chain", "snapshot_writing", "sinks", "export", "request", "trackers.base"],
     ["evidence", "streaming"],
     ["prediction"],
     ["reencode"],
@@ -58,7 +58,7 @@ HOMES = {
     "tqdm": ["convert", "importing.write", "reconstruct", "sweep", "cli.*"],
     "click": ["cli", "cli.*"],
     "matplotlib": ["plots"],
-    "torch": ["arrays", "trackers.torch", "trackers.torch_model"],
+    "torch": ["arrays", "export", "trackers.torch", "trackers.torch_model"],
     "jax": ["arrays", "trackers.jax"],
 }
 

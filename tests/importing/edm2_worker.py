@@ -1,9 +1,10 @@
 """Writes pickles as the official EDM2 code does, from stand-in classes, in a process of its own.
 
-    python edm2_worker.py FOLDER PROTOCOL < run.json
+    python edm2_worker.py FOLDER PROTOCOL... < run.json
 
 The reading process must not have the modules that the pickles name: ``torch_utils.persistence`` and
-``dnnlib.util`` are made here, on the fly. Standard input holds ``{file: {name: values}}``.
+``dnnlib.util`` are made here, on the fly. Standard input holds ``{file: {name: values}}``; each
+protocol gets a folder of its name, and a file ``….npz`` beside each pickle holds the state dict.
 """
 
 from __future__ import annotations
@@ -123,12 +124,15 @@ def state_dict(network: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    folder, protocol = Path(sys.argv[1]), int(sys.argv[2])
+    top = Path(sys.argv[1])
     for name, weights in json.load(sys.stdin).items():
         data = snapshot(weights)
-        with open(folder / name, "wb") as file:
-            pickle.dump(data, file, protocol)
-        np.savez(folder / f"{name}.npz", **state_dict(data["ema"]))
+        for protocol in sys.argv[2:]:
+            folder = top / protocol
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / name, "wb") as file:
+                pickle.dump(data, file, int(protocol))
+        np.savez(top / f"{name}.npz", **state_dict(data["ema"]))
 
 
 if __name__ == "__main__":
