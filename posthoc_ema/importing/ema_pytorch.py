@@ -1,8 +1,9 @@
 """Checkpoint folders of ema-pytorch and pytorch-posthoc-ema: ``{track}.{step}.pt``.
 
 Both keep averages by β = (s / (s+1))^(γ+1) at their step s, whatever happened since the last
-update. Updated at every step that is the power function of γ (at a time ahead by one step, which
-is not told apart here); updated at every k-th step it is, nearly, that of (γ+1)/k - 1.
+update. Updated at every step that is the power function of γ (of a clock ahead by one step, which
+makes it shorter by 1/s; that is not told apart here). Updated at every k-th step, from the first
+on, it is that of (γ+1)/k - 1, at the middle of the k steps that begin with the last update.
 """
 
 from __future__ import annotations
@@ -76,12 +77,23 @@ def read_run(files: Sequence[Path], options: Options) -> ForeignRun:
         KIND,
         "steps",
         [
-            ForeignSnapshot((path,), step, profiles[track], partial(_contents, path, step, options))
+            ForeignSnapshot(
+                (path,),
+                _time(step, options.update_every),
+                profiles[track],
+                partial(_contents, path, step, options),
+            )
             for path, track, step in places
             if step
         ],
         tuple(remarks),
     )
+
+
+def _time(step: int, update_every: int) -> float:
+    """The time of an average that was last updated at or before a step."""
+    t = (step - 1) // update_every * update_every + 1 + (update_every - 1) / 2
+    return int(t) if t.is_integer() else t
 
 
 def _profile(sigma_rel: float, update_every: int) -> PowerFunction:
