@@ -344,7 +344,8 @@ def _beyond(
     goal: Goal, t: float, error: float, nearest_error: float, usable: Sequence[Snapshot]
 ) -> str:
     shortest = min(profile.relative_moments(t)[1] for profile in goal.values())
-    tracked = sorted({float(f"{s.profile.relative_moments(s.t)[1]:.3g}") for s in usable})
+    last = [s.profile.relative_moments(s.t)[1] for s in usable if s.t == usable[-1].t]
+    tracked = sorted(float(f"{width:.3g}") for width in last)
     times = sorted({s.t for s in usable})
     interval = times[-1] - times[-2] if len(times) > 1 else t
     return (

@@ -73,7 +73,7 @@ def read_list(table: Path, root: Path, options: Options) -> ForeignRun:
 
 def _snapshot(path: Path, t: float, profile: Profile, options: Options) -> ForeignSnapshot:
     read = partial(read_checkpoint, path, options.key, options.allow)
-    return ForeignSnapshot(checkpoint_files(path), t, profile, read)
+    return ForeignSnapshot(path, checkpoint_files(path), t, profile, read)
 
 
 def _number(path: Path) -> int:

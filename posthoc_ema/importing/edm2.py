@@ -66,7 +66,7 @@ def read_run(files: Sequence[Path], options: Options) -> ForeignRun:
             continue  # the weights before training
         profile = PowerFunction(sigma_rel=float(match["std"]))
         read = _Network(path, options.allow).contents
-        found.setdefault(match["run"], []).append(ForeignSnapshot((path,), t, profile, read))
+        found.setdefault(match["run"], []).append(ForeignSnapshot(path, (path,), t, profile, read))
     remarks = []
     if len(found) > 1 and (made := [run for run in found if run.startswith("phema")]):
         left_out = sum(len(found.pop(run)) for run in made)

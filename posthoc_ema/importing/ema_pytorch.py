@@ -78,6 +78,7 @@ def read_run(files: Sequence[Path], options: Options) -> ForeignRun:
         "steps",
         [
             ForeignSnapshot(
+                path,
                 (path,),
                 _time(step, options.update_every),
                 profiles[track],

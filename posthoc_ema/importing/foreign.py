@@ -51,12 +51,14 @@ class ForeignSnapshot:
     """One average of the weights, or the weights of one moment, in other people's files.
 
     Attributes:
-        files: The files that hold it; the first names it.
+        path: The file, or the folder, that it is known by.
+        files: The files that hold it.
         t: Its time.
         profile: How it averages.
         open: Looks into the files; reads no weights.
     """
 
+    path: Path
     files: tuple[Path, ...]
     t: float
     profile: Profile

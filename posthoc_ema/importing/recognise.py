@@ -89,7 +89,7 @@ def _sorted(run: ForeignRun, source: Path | Sequence[Path]) -> ForeignRun:
         twin = seen.setdefault((snapshot.t, snapshot.profile), snapshot)
         if twin is not snapshot:
             raise SnapshotError(
-                f"{twin.files[0]} and {snapshot.files[0]} both hold t={snapshot.t}, "
+                f"{twin.path} and {snapshot.path} both hold t={snapshot.t}, "
                 f"{snapshot.profile}; leave one of them out"
             )
     return ForeignRun(run.kind, run.unit, snapshots, run.remarks)

@@ -135,7 +135,7 @@ def import_snapshots(
         allow=tuple(allow),
     )
     run = read_run(place, kind, None if csv is None else Path(csv), options)
-    files = [(_named(s), s.t, s.profile) for s in run.snapshots]
+    files = [(s.path, s.t, s.profile) for s in run.snapshots]
     if dry_run:
         for snapshot in run.snapshots:
             _check(snapshot, snapshot.open())
@@ -159,11 +159,6 @@ def _paths(source: Any) -> Path | list[Path]:
     if isinstance(source, (str, os.PathLike)):
         return Path(source)
     return [Path(path) for path in source]
-
-
-def _named(snapshot: ForeignSnapshot) -> Path:
-    """The file, or the folder that its files lie in."""
-    return snapshot.files[0] if len(snapshot.files) == 1 else snapshot.files[0].parent
 
 
 class _Record:
@@ -209,14 +204,14 @@ class _Record:
         if (snapshot.t, snapshot.profile) in self.present:
             if before != digest:
                 raise ForeignSnapshotError(
-                    f"{_named(snapshot)} is not what was imported as t={snapshot.t}, "
+                    f"{snapshot.path} is not what was imported as t={snapshot.t}, "
                     f"{snapshot.profile} before; import it into another folder"
                 )
             return False
         contents = snapshot.open()
         _check(snapshot, contents)
         # Noted beforehand: what is in the store after a kill is then known to be this.
-        self.known["files"][name] = {"file": str(_named(snapshot)), "digest": digest}
+        self.known["files"][name] = {"file": str(snapshot.path), "digest": digest}
         self.store.path.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.store.path / RECORD, json.dumps(self.known, indent=1))
         averaged = [tensor for tensor in contents.tensors if tensor.averaged]
@@ -240,7 +235,7 @@ class _Record:
 def _check(snapshot: ForeignSnapshot, contents: Contents) -> None:
     """There must be weights, of types that files hold."""
     if not any(tensor.averaged for tensor in contents.tensors):
-        raise SnapshotError(f"{_named(snapshot)} holds no weights of a floating-point type")
+        raise SnapshotError(f"{snapshot.path} holds no weights of a floating-point type")
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -264,7 +259,7 @@ def _average(tensor: ForeignTensor, snapshot: ForeignSnapshot) -> AverageSource:
         shape,
         "F64" if double else "F32",
         tensor.dtype,
-        partial(_chunks, tensor, _named(snapshot), np.float64 if double else np.float32),
+        partial(_chunks, tensor, snapshot.path, np.float64 if double else np.float32),
     )
 
 
