@@ -96,7 +96,7 @@ def import_(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Read the snapshots or checkpoints in SOURCE, which another program wrote, into OUT.
+    """Read what other programs saved in SOURCE into OUT.
 
     Nothing in the files is executed: pickles are read as data, and a file that refers to any code
     but that of tensors and modules is refused. SOURCE is left as it is. It may hold

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -49,6 +48,8 @@ def read_list(table: Path, root: Path, options: Options) -> ForeignRun:
     Raises:
         SnapshotError: If a row is not understood; the message names it.
     """
+    import csv
+
     snapshots = []
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
