@@ -26,6 +26,9 @@ from posthoc_ema.errors import SnapshotVersionError as SnapshotVersionError
 from posthoc_ema.errors import SnapshotWriteError as SnapshotWriteError
 from posthoc_ema.errors import StateError as StateError
 from posthoc_ema.errors import StructureError as StructureError
+from posthoc_ema.errors import UnsafePickleError as UnsafePickleError
+from posthoc_ema.importing.write import Import as Import
+from posthoc_ema.importing.write import import_snapshots as import_snapshots
 from posthoc_ema.plan import Plan as Plan
 from posthoc_ema.plan import plan as plan
 from posthoc_ema.profiles import Custom as Custom

@@ -37,6 +37,10 @@ class ForeignSnapshotError(SnapshotError):
     """Files of another run, or duplicates, where those of one run were expected."""
 
 
+class UnsafePickleError(SnapshotError):
+    """A foreign file refers to code that weights have no need of; none of it was executed."""
+
+
 class NonFiniteError(PosthocEMAError, ArithmeticError):
     """NaN or infinity where finite weights were expected."""
 

@@ -182,7 +182,8 @@ def fit_movement(
     usable = measured > 0
     if not usable.any():
         return Movement(edges, np.zeros(len(edges) - 1))
-    nodes, mass = interval_quadrature(edges.tolist(), float(edges[-1]))
+    breaks = [b for t, profile in inputs for b in profile.breakpoints(t)]
+    nodes, mass = interval_quadrature([*edges.tolist(), *breaks], float(edges[-1]))
     survival = np.stack([1 - profile.cumulative(nodes, t) for t, profile in inputs], axis=1)
     model = _Model(nodes, mass, np.diff(survival, axis=1), edges, noise)
 

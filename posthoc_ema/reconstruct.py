@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from math import inf
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from posthoc_ema.arrays import check_framework
 from posthoc_ema.evidence import Evidence, gather_evidence
+from posthoc_ema.export import ModelFolder, is_torch_file, save_torch
 from posthoc_ema.loading import load_files, loaded, stamps_of
 from posthoc_ema.partition import Partition
 from posthoc_ema.profiles import Profile, as_profile
@@ -102,6 +103,7 @@ def reconstruct(
     overwrite: bool = True,
     verify: bool = True,
     part: tuple[int, int] | None = None,
+    like: str | Path | None = None,
 ) -> Any:
     """Reconstruct averages of a finished or running training run from its snapshots.
 
@@ -116,10 +118,11 @@ def reconstruct(
         target: Instead of ``sigma_rel``, any profile, or several.
         t: Time of the average, up to that of the last snapshot; by default that. Snapshots
             after ``t`` are not used.
-        method: ``"kriging"`` or ``"paper"``, see :func:`posthoc_ema.solve`.
+        method: ``"kriging"``, ``"paper"`` or ``"plain"``, see :func:`posthoc_ema.solve`.
         out: Write safetensors instead of holding the result: a file ``name.safetensors`` for
             one target, else a folder. Above 5 GB a file is sharded with an index, as Hugging
-            Face does.
+            Face does. A name that ends in ``.pt`` is a file for ``torch.load``, of one target,
+            which is in memory before.
         framework: ``"numpy"``, ``"torch"`` or ``"jax"``; by default whichever wrote the
             snapshots.
         names: Only averaged tensors whose names match one of these patterns, and no buffers.
@@ -133,12 +136,15 @@ def reconstruct(
             processes or machines; needs ``out``. Each writes a file, and
             the last to end the index that makes them one result. Snapshots are then read
             in part, and their digests not checked.
+        like: Folder of a model as ``save_pretrained`` of transformers, diffusers or PEFT wrote
+            it: ``out`` becomes such a folder, with its configuration and these weights.
 
     Returns:
         A :class:`Reconstruction`, or a list of them if several targets were asked for.
 
     Raises:
         SnapshotError: If a file is damaged or foreign; the message names it.
+        StructureError: If the model in ``like`` holds other tensors.
         FileExistsError: If ``out`` exists and ``overwrite`` is false.
         ValueError: If an argument is outside its domain.
 
@@ -156,7 +162,23 @@ def reconstruct(
     framework = check_framework(framework or usable[0].run.framework)
     chosen = select_names(usable[0], names)
     assignment = assign(goals, chosen)
-    paths = output_paths(out, goals, several, usable[0])
+    model = None if like is None else ModelFolder(like)
+    single = is_torch_file(out) or model is not None
+    if single and (several or out is None):
+        raise ValueError("a .pt file, and a folder like=, hold one result: give one sigma_rel")
+    if single and part is not None:
+        raise ValueError("a .pt file, and a folder like=, are made in one piece: leave part= out")
+    if model is not None:
+        if names is not None:
+            raise ValueError("like= needs all tensors of the model; leave names= out")
+        model.check({*usable[-1].averages, *usable[-1].copies})
+        out = model.weights(str(out))
+    torch_file = Path(str(out)) if is_torch_file(out) else None
+    if torch_file is not None:
+        framework = check_framework("torch")
+    paths = [] if torch_file else output_paths(out, goals, several, usable[0])
+    if torch_file is not None and torch_file.exists() and not overwrite:
+        raise FileExistsError(f"{torch_file} exists; delete it or give another out=")
     division = None
     if part is not None:
         division = Partition.of_request(part, usable, chosen, (t, method, names), paths)
@@ -217,6 +239,11 @@ def reconstruct(
             for pattern in goal
         }
         results.append(_result(goal, solution, share, usable, t, evidence, files[k], load))
+    if model is not None:
+        model.copy_to(paths[0].parent)
+    if torch_file is not None:
+        save_torch(results[0].state_dict(), torch_file)
+        results[0] = replace(results[0], files=[torch_file])
     return results if several else results[0]
 
 
@@ -338,15 +365,16 @@ def _is_beyond(solution: Mapping[str, Solution], evidence: Evidence) -> bool:
 def _beyond(
     goal: Goal, t: float, error: float, nearest_error: float, usable: Sequence[Snapshot]
 ) -> str:
-    shortest = min(profile.sigma_rel for profile in goal.values())
-    tracked = sorted({s.profile.sigma_rel for s in usable})
+    shortest = min(profile.relative_moments(t)[1] for profile in goal.values())
+    last = [s.profile.relative_moments(s.t)[1] for s in usable if s.t == usable[-1].t]
+    tracked = sorted(float(f"{width:.3g}") for width in last)
     times = sorted({s.t for s in usable})
     interval = times[-1] - times[-2] if len(times) > 1 else t
     return (
         f"an average of sigma_rel={shortest:.3g} at t={t} is beyond what these snapshots "
         f"support: the predicted error is {error:.2g} of the weights' RMS, and the nearest "
         f"snapshot is off by {nearest_error:.2g}. It would have needed a track near it (kept: "
-        f"{', '.join(f'{x:.3g}' for x in tracked)}), or snapshots no further apart than "
+        f"{', '.join(map(str, tracked))}), or snapshots no further apart than "
         f"{shortest * t:.3g} towards the end (they are {interval:.3g} apart)"
     )
 

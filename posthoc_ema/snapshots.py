@@ -147,6 +147,7 @@ class SnapshotStore:
         copies: Sequence[CopySource] = (),
         aliases: Mapping[str, str] | None = None,
         encoding: str = "float32",
+        rounded_before: float = 0.0,
     ) -> Snapshot:
         """Write one snapshot, durable and complete when this returns.
 
@@ -159,7 +160,17 @@ class SnapshotStore:
         with writing(self.path):
             path, earlier = self._new_place(run, t, profile)
             write_predicted(
-                path, run, t, profile, averages, copies, aliases, encoding, earlier, self._memory
+                path,
+                run,
+                t,
+                profile,
+                averages,
+                copies,
+                aliases,
+                encoding,
+                earlier,
+                self._memory,
+                rounded_before=rounded_before,
             )
             self._drop_refinements(s for s in earlier if s.profile == profile)
             return self._connected_at(path)

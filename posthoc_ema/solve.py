@@ -1,9 +1,10 @@
 """The small linear problem: which combination of stored averages comes nearest to a target.
 
-Two methods. ``"paper"`` minimises the squared distance of the *densities* (Eq. 151), which
+Three methods. ``"paper"`` minimises the squared distance of the *densities* (Eq. 151), which
 takes the weights for white noise over time. ``"kriging"`` minimises the expected squared
 error of the *weights*: that of the cumulative profiles, weighted by how fast the weights
-move, plus what storage rounding adds. No files, numpy only, always in float64.
+move, plus what storage rounding adds. ``"plain"`` takes the inputs for all there was of
+training, as LAWA and SWA do with raw checkpoints. No files, numpy only, always in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from posthoc_ema.movement import Movement
 from posthoc_ema.profiles import (
     PowerFunction,
     Profile,
+    Uniform,
     as_profile,
     inner_product,
     power_inner_products,
@@ -26,7 +28,7 @@ from posthoc_ema.profiles import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-METHODS = ("kriging", "paper")
+METHODS = ("kriging", "paper", "plain")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +90,10 @@ def solve(
         inputs: ``n`` stored averages as (t, profile); a number instead of a profile is its
             σ_rel. t > 0, one unit throughout.
         targets: One (t, profile), or a sequence of ``k``. Only inputs with t_i <= t are used.
-        method: ``"kriging"``, or ``"paper"`` for Algorithm 3 with coefficients rescaled to sum
-            to one.
+        method: ``"kriging"``; ``"paper"`` for Algorithm 3 with coefficients rescaled to sum
+            to one; or ``"plain"`` for the average that updates at the times of the inputs alone,
+            of which there must be one for each time, would have given: of evenly spaced raw
+            checkpoints under a ``Uniform`` target their mean.
         movement: How fast the weights moved (kriging); default: at a constant rate of 1.
         noise: ``[n]`` variance of storage rounding per weight, in the same units as the
             movement; default: 1e-14 of the movement up to the last input, float32's rounding.
@@ -144,8 +148,10 @@ def solve(
         kriging = _Kriging(subset, goals, movement, noise[usable])
         if method == "kriging":
             x, condition = kriging.coefficients()
-        else:
+        elif method == "paper":
             x, condition = _paper_coefficients(subset, goals)
+        else:
+            x, condition = _plain_coefficients(subset, goals), 1.0
         for row, goal in zip(x, goals, strict=True):
             if goal in subset:  # a stored average is itself, to the last bit
                 row[:] = 0
@@ -175,6 +181,25 @@ def _paper_coefficients(
             'weight; use method="kriging" or snapshots nearer to the target'
         )
     return (x / total).T, condition
+
+
+def _plain_coefficients(
+    inputs: list[tuple[float, Profile]], targets: list[tuple[float, Profile]]
+) -> NDArray[np.float64]:
+    """What the targets give to the time from the input before to each; the last one, the rest."""
+    times = np.array([t for t, _ in inputs])
+    order = np.argsort(times)
+    if not (np.diff(times[order]) > 0).all():
+        raise ValueError(
+            'method="plain" needs one input for each time, such as raw checkpoints; of several '
+            'averages use method="kriging"'
+        )
+    x = np.empty((len(targets), len(inputs)))
+    for row, (t, profile) in zip(x, targets, strict=True):
+        shares = profile.cumulative(times[order], t)
+        shares[-1] = 1
+        row[order] = np.diff(shares, prepend=0.0)
+    return x
 
 
 def _solve_psd(
@@ -303,7 +328,32 @@ def _gram(
     if all(isinstance(p, PowerFunction) for _, p in (*left, *right)):
         (t_a, gamma_a), (t_b, gamma_b) = _columns(left), _columns(right)
         return power_inner_products(t_a[:, None], gamma_a[:, None], t_b, gamma_b)
-    return np.array([[inner_product(p, t, q, s) for s, q in right] for t, p in left])
+    out = np.empty((len(left), len(right)))
+    for i, (t, p) in enumerate(left):
+        if isinstance(p, Uniform):
+            out[i] = _with_mean(t, p, right)
+    for j, (s, q) in enumerate(right):
+        if isinstance(q, Uniform):
+            out[:, j] = _with_mean(s, q, left)
+            continue
+        for i, (t, p) in enumerate(left):
+            if not isinstance(p, Uniform):
+                out[i, j] = inner_product(p, t, q, s)
+    return out
+
+
+def _with_mean(
+    t: float, mean: Uniform, averages: list[tuple[float, Profile]]
+) -> NDArray[np.float64]:
+    """Inner products of a plain mean, as raw checkpoints have, with many: the rise of their F."""
+    start = next(iter(mean.breakpoints(t)), 0.0)
+    out = np.empty(len(averages))
+    for profile in dict.fromkeys(q for _, q in averages):
+        chosen = [j for j, (_, q) in enumerate(averages) if q == profile]
+        times = np.array([averages[j][0] for j in chosen])
+        rise = np.diff(profile.cumulative(np.array([[start], [t]]), times), axis=0)[0]
+        out[chosen] = rise / (t - start)
+    return out
 
 
 def _columns(averages: list[tuple[float, Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

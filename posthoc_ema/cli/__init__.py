@@ -10,6 +10,7 @@ import click
 
 from posthoc_ema.cli.convert import convert
 from posthoc_ema.cli.error import error
+from posthoc_ema.cli.importing import import_
 from posthoc_ema.cli.listing import list_snapshots
 from posthoc_ema.cli.output import TeachingGroup
 from posthoc_ema.cli.plan import plan
@@ -18,7 +19,7 @@ from posthoc_ema.cli.prune import prune
 from posthoc_ema.cli.reconstruct import reconstruct
 from posthoc_ema.cli.verify import verify
 
-COMMANDS = (plan, list_snapshots, verify, error, reconstruct, prune, convert, plot)
+COMMANDS = (plan, list_snapshots, verify, error, reconstruct, prune, convert, import_, plot)
 """In the order in which one meets them."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from math import inf
 from pathlib import Path
@@ -12,20 +12,14 @@ from typing import Any
 import click
 
 from posthoc_ema.conversion import sigma_rel_to_gamma
-from posthoc_ema.profiles import Exponential, PowerFunction, Profile, Uniform
+from posthoc_ema.profile_text import parse_profile
+from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.solve import METHODS
 
 Numbers = tuple[float, ...]
 
 _MOST_VALUES = 1000
-_PROFILES: Mapping[tuple[str, str], Callable[[float], Profile]] = {
-    ("exponential", "halflife"): Exponential,
-    ("exponential", "beta"): Exponential.from_beta,
-    ("uniform", "window"): Uniform,
-    ("power", "sigma_rel"): PowerFunction,
-    ("power", "gamma"): lambda gamma: PowerFunction(gamma=gamma),
-}
 
 
 def parse_numbers(text: str) -> Numbers:
@@ -54,25 +48,6 @@ def parse_numbers(text: str) -> Numbers:
         else:
             numbers.append(_decimal(part, text))
     return tuple(dict.fromkeys(float(number) for number in numbers))
-
-
-def parse_profile(text: str) -> Profile:
-    """A profile written as ``kind:field=value``.
-
-    Raises:
-        ValueError: If there is no such form, or the value is outside its domain.
-
-    Example:
-        >>> parse_profile("exponential:halflife=1000")
-        Exponential(halflife=1000.0)
-    """
-    kind, _, setting = text.partition(":")
-    field, _, number = setting.partition("=")
-    make = _PROFILES.get((kind.strip(), field.strip()))
-    if make is None:
-        forms = ", ".join(f"{k}:{f}=..." for k, f in _PROFILES)
-        raise ValueError(f"{text!r} is no profile; the forms are {forms}")
-    return make(float(_decimal(number.strip(), text)))
 
 
 def parse_bytes(text: str) -> float:
@@ -177,6 +152,7 @@ folder_argument = click.argument("store", metavar="FOLDER", type=_Folder())
 folder_type, bytes_type, time_type = _Folder(), _Parsed("size", parse_bytes), _Parsed("time", _time)
 part_type = _Parsed("part", parse_part)
 tracks_type, budget_type = _Parsed("tracks", _tracks), _Parsed("budget", _budget)
+numbers_type, parsed_profile = _Parsed("numbers", _sigma_rels), _Parsed("profile", parse_profile)
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
@@ -195,13 +171,13 @@ method_option = click.option(
     default=METHODS[0],
     show_default=True,
     help="What the coefficients minimise: the expected error of the weights, or, as the paper "
-    "does, the distance of the profiles.",
+    "does, the distance of the profiles; plain: raw checkpoints averaged as they are (LAWA, SWA).",
 )
 
 profile_option = click.option(
     "--profile",
     "profiles",
-    type=_Parsed("profile", parse_profile),
+    type=parsed_profile,
     multiple=True,
     help="Another kind of average: exponential:halflife=1000 (in the run's unit), "
     "exponential:beta=0.9999 (per unit), uniform:window=0.2 (a fraction of the run; above 1, an "
@@ -209,15 +185,18 @@ profile_option = click.option(
 )
 
 
-def sigma_rel_option(default: str | None = None) -> Callable[[Any], Any]:
+def sigma_rel_option(
+    default: str | None = None,
+    help: str = "EMA lengths, as fractions of training time: 0.05, or 0.05,0.1, or a range "
+    "0.01,0.02,...,0.25.",
+) -> Callable[[Any], Any]:
     """``--sigma-rel``, with the default that suits the command."""
     return click.option(
         "--sigma-rel",
-        type=_Parsed("numbers", _sigma_rels),
+        type=numbers_type,
         default=default,
         show_default=default is not None,
-        help="EMA lengths, as fractions of training time: 0.05, or 0.05,0.1, or a range "
-        "0.01,0.02,...,0.25.",
+        help=help,
     )
 
 

@@ -20,6 +20,7 @@ from posthoc_ema.cli.options import (
     wanted_profiles,
 )
 from posthoc_ema.cli.output import Misuse, command, echo_json, format_error, note, table
+from posthoc_ema.export import is_torch_file
 from posthoc_ema.profiles import Profile
 from posthoc_ema.reconstruct import Reconstruction
 from posthoc_ema.reconstruct import reconstruct as reconstruct_averages
@@ -32,7 +33,7 @@ from posthoc_ema.snapshots import SnapshotStore
 @profile_option
 @out_option(
     "A folder, where each result gets a file named after its length; or, for a single result, "
-    "a file name.safetensors."
+    "a file name.safetensors, or name.pt for torch.load."
 )
 @time_option
 @method_option
@@ -50,6 +51,12 @@ from posthoc_ema.snapshots import SnapshotStore
     help="Make the I-th of N parts only, for N processes or machines that share the --out folder: "
     "'2/8', or 'auto' under torchrun (RANK and WORLD_SIZE). The last to end writes the index.",
 )
+@click.option(
+    "--like",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a Hugging Face model: --out becomes such a folder, with its configuration and "
+    "tokenizer, and the result as its weights.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace results that exist already.")
 @json_option
 def reconstruct(
@@ -61,6 +68,7 @@ def reconstruct(
     method: str,
     names: tuple[str, ...],
     part: tuple[int, int] | None,
+    like: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -75,15 +83,16 @@ def reconstruct(
       posthoc-ema reconstruct run/ema --sigma-rel 0.07 --t 50000 --out at-50000.safetensors
       posthoc-ema reconstruct run/ema --sigma-rel 0.05 --out averages/ --part 2/8
       posthoc-ema reconstruct run/ema --profile uniform:window=0.2 --out averages/
+      posthoc-ema reconstruct run/ema --sigma-rel 0.07 --like model/ --out model-averaged/
     """
     targets = wanted_profiles(sigma_rel, profiles)
     if not targets:
         raise click.UsageError("say which average: --sigma-rel 0.05, or --profile ...")
-    is_file = out.name.endswith(".safetensors")
+    is_file = out.name.endswith(".safetensors") or is_torch_file(out)
     if (out.parent if is_file else out).resolve() == store.path.resolve():
         raise click.UsageError(f"--out {out} lies in the snapshot folder; give another folder")
     # In a folder even a single result is named after its length, which a sequence gives.
-    one_file = is_file and len(targets) == 1
+    one_file = (is_file or like is not None) and len(targets) == 1
     try:
         results: Any = reconstruct_averages(
             store,
@@ -95,6 +104,7 @@ def reconstruct(
             framework="numpy",
             names=names or None,
             part=part,
+            like=like,
         )
     except FileExistsError as error:
         raise Misuse(f"{error}, or add --overwrite to replace it") from error

@@ -1,0 +1,1 @@
+"""Other people's snapshots: read as data, never executed, and written into a store."""

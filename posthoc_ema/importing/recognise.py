@@ -1,0 +1,95 @@
+"""What kind of foreign snapshots lie at a place, by names and content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from posthoc_ema.errors import SnapshotError
+from posthoc_ema.importing import checkpoints, edm2, ema_pytorch
+from posthoc_ema.importing.foreign import ForeignRun, ForeignSnapshot, Options
+from posthoc_ema.importing.state_dict import is_checkpoint
+from posthoc_ema.profiles import Profile
+
+KINDS = (edm2.KIND, ema_pytorch.KIND, checkpoints.LISTED, checkpoints.NUMBERED)
+
+
+def read_run(
+    source: Path | Sequence[Path], kind: str | None, csv: Path | None, options: Options
+) -> ForeignRun:
+    """The snapshots at a place; file names and tables are read, no weights.
+
+    Args:
+        source: A folder, a CSV, or several files.
+        kind: One of :data:`KINDS`; None: what they look like.
+        csv: A table of their times and profiles.
+        options: What they do not say themselves.
+
+    Raises:
+        SnapshotError: If nothing there is understood.
+        ValueError: If there is no such kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)} (got {kind!r})")
+    if isinstance(source, Path) and source.suffix == ".csv" and csv is None:
+        source, csv = source.parent, source
+    if csv is not None:
+        if kind not in (None, checkpoints.LISTED) or not isinstance(source, Path):
+            raise ValueError("csv= goes with the folder that its file names are relative to")
+        return _sorted(checkpoints.read_list(csv, source, options), source)
+    files = _files(source)
+    by_kind = {edm2.KIND: ".pkl", ema_pytorch.KIND: ".pt"}
+    chosen = [f for f in files if kind not in by_kind or f.suffix == by_kind[kind]]
+    if not chosen:
+        raise SnapshotError(f"{_named(source)} holds no snapshots of kind {kind or 'known'}")
+    if kind in (None, edm2.KIND):
+        pickles = [file for file in chosen if file.suffix == ".pkl"]
+        if kind or edm2.recognise(pickles):
+            return _sorted(edm2.read_run(pickles, options), source)
+    if kind == ema_pytorch.KIND or (kind is None and ema_pytorch.recognise(chosen)):
+        return _sorted(ema_pytorch.read_run(chosen, options), source)
+    if kind == checkpoints.LISTED:
+        raise ValueError("kind='list' needs csv=, the table of times and profiles")
+    found = [path for path in chosen if is_checkpoint(path)]
+    if not found:
+        raise SnapshotError(
+            f"{_named(source)} holds nothing that is understood; expected network-snapshot-*.pkl, "
+            "{track}.{step}.pt, checkpoints (.safetensors, .pt, folders) with a number in their "
+            f"names, or a CSV. What is there: {', '.join(f.name for f in chosen[:5])}"
+        )
+    return _sorted(checkpoints.read_numbered(found, options), source)
+
+
+def _files(source: Path | Sequence[Path]) -> list[Path]:
+    if not isinstance(source, Path):
+        files = list(source)
+    elif source.is_dir():
+        files = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+    else:
+        files = [source]
+    missing = [path for path in files if not path.exists()]
+    if missing or not files:
+        raise SnapshotError(
+            f"{missing[0] if missing else source} {'does not exist' if missing else 'is empty'}"
+        )
+    return files
+
+
+def _named(source: Path | Sequence[Path]) -> str:
+    return str(source if isinstance(source, Path) else source[0].parent)
+
+
+def _sorted(run: ForeignRun, source: Path | Sequence[Path]) -> ForeignRun:
+    """In order of time, each average once."""
+    snapshots = sorted(run.snapshots, key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0)))
+    if not snapshots:
+        raise SnapshotError(f"{_named(source)} holds no snapshots of a time > 0")
+    seen: dict[tuple[float, Profile], ForeignSnapshot] = {}
+    for snapshot in snapshots:
+        twin = seen.setdefault((snapshot.t, snapshot.profile), snapshot)
+        if twin is not snapshot:
+            raise SnapshotError(
+                f"{twin.path} and {snapshot.path} both hold t={snapshot.t}, "
+                f"{snapshot.profile}; leave one of them out"
+            )
+    return ForeignRun(run.kind, run.unit, snapshots, run.remarks)
