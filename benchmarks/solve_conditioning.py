@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks import harness
 from posthoc_ema import solve
-from posthoc_ema.solve import METHODS
 
+METHODS = ("kriging", "paper")
 TIMES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 TRACKS = {1: (0.10,), 2: (0.05, 0.10), 3: (0.05, 0.10, 0.15)}
 TARGETS = tuple(np.linspace(0.05, 0.15, 11))
