@@ -1,7 +1,12 @@
-"""Docstrings are written for Sphinx's eyes and doctest's; the site's pages need Markdown."""
+"""What the API pages show: docstrings as Markdown, options as fields with a description.
+
+Docstrings are written for Python's tools: roles (``:func:`posthoc_ema.solve```), examples for
+doctest. Fields of configs have their description in `option`, where the command line finds it.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
@@ -13,20 +18,22 @@ _EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
-    """Makes links of roles, and sections of examples."""
+    """Prepares a package for its pages."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Rewrite all docstrings of a package once it was read."""
-        _rewrite(pkg)
+        """Go through all objects once the package was read."""
+        _prepare(pkg)
 
 
-def _rewrite(obj: griffe.Object) -> None:
+def _prepare(obj: griffe.Object) -> None:
+    if isinstance(obj, griffe.Class):
+        _describe_options(obj)
     if obj.docstring is not None:
         text = _EXAMPLE.sub("Examples:", _FLAG.sub("", obj.docstring.value))
         obj.docstring.value = _ROLE.sub(lambda role: _link(role[1], obj), text)
     for member in obj.members.values():
         if isinstance(member, griffe.Object):
-            _rewrite(member)
+            _prepare(member)
 
 
 def _link(name: str, obj: griffe.Object) -> str:
@@ -41,3 +48,21 @@ def _link(name: str, obj: griffe.Object) -> str:
             owner = owner.parent
     # Optional: what no page documents stays plain code.
     return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
+
+
+def _describe_options(cls: griffe.Class) -> None:
+    """``x: int = option("What.", default=3)`` becomes a field of value 3 with a docstring."""
+    constructor = cls.members.get("__init__")
+    parameters = constructor.parameters if isinstance(constructor, griffe.Function) else ()
+    given = {parameter.name: parameter for parameter in parameters}
+    for name, field in cls.members.items():
+        call = field.value if isinstance(field, griffe.Attribute) else None
+        if not isinstance(call, griffe.ExprCall) or str(call.function) != "option":
+            continue
+        text, *rest = call.arguments
+        default = rest[0].value if rest and isinstance(rest[0], griffe.ExprKeyword) else None
+        field.value = default
+        if name in given:
+            given[name].default = default
+        if isinstance(text, str):  # else it is put together when the program runs
+            field.docstring = griffe.Docstring(ast.literal_eval(text), parent=field)
