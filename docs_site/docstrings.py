@@ -46,6 +46,11 @@ def _link(name: str, obj: griffe.Object) -> str:
             break
         else:
             owner = owner.parent
+    # `posthoc_ema.plan` is a function for whoever imports it, and a module for whoever reads files.
+    last = path.removeprefix(f"{obj.package.name}.")
+    module = obj.package.members.get(last)
+    if isinstance(module, griffe.Module) and last in module.members:
+        path = f"{path}.{last}"
     # Optional: what no page documents stays plain code.
     return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
 

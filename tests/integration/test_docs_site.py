@@ -27,6 +27,12 @@ def documented() -> list[str]:
     return re.findall(r"^::: (\S+)$", text, re.MULTILINE)
 
 
+def place(name: str) -> str:
+    """Of a public name in the reference, where `posthoc_ema.plan` is the module of that name."""
+    own_module = (ROOT / "posthoc_ema" / f"{name}.py").exists()
+    return f"posthoc_ema.{name}.{name}" if own_module else f"posthoc_ema.{name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_links_of_pages(page: Path) -> None:
     assert dead_links(page, DOCS) == []
@@ -81,7 +87,7 @@ def test_the_menu_names_every_page() -> None:
 
 
 def test_everything_public_is_in_the_reference() -> None:
-    assert [name for name in PUBLIC if f"posthoc_ema.{name}" not in documented()] == []
+    assert {place(name) for name in PUBLIC} <= set(documented())
 
 
 @pytest.mark.parametrize("module", INTEGRATIONS)
@@ -105,6 +111,7 @@ def test_the_reference_names_what_exists(name: str) -> None:
     module, _, member = name.rpartition(".")
     if module == "posthoc_ema":
         assert member in PUBLIC
+        assert place(member) == name
         return
     # Read, not imported: that would load every framework.
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
@@ -150,7 +157,7 @@ def test_the_site_builds(sources: Path) -> None:
     html = (sources / "site/api/averages.html").read_text(encoding="utf-8")
     for section in ("Parameters:", "Returns:", "Raises:", "Examples:", "Source"):
         assert f"{section}<" in html, f"sections {section} are not shown"
-    assert 'href="solving.html#posthoc_ema.solve"' in html, "a role did not become a link"
+    assert 'href="solving.html#posthoc_ema.solve.solve"' in html, "a role did not become a link"
 
 
 @pytest.mark.slow
