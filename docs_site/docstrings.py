@@ -27,6 +27,7 @@ class Docstrings(griffe.Extension):
 
 def _prepare(obj: griffe.Object) -> None:
     if isinstance(obj, griffe.Class):
+        _hide_private_fields(obj)
         _describe_options(obj)
     if obj.docstring is not None:
         text = _EXAMPLE.sub("Examples:", _FLAG.sub("", obj.docstring.value))
@@ -55,19 +56,24 @@ def _link(name: str, obj: griffe.Object) -> str:
     return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
 
 
+def _hide_private_fields(cls: griffe.Class) -> None:
+    """Of a dataclass: they would be shown as arguments of its constructor."""
+    for name in [name for name in cls.members if re.match("_[^_]", name)]:
+        if isinstance(cls.members[name], griffe.Attribute):
+            cls.del_member(name)
+
+
 def _describe_options(cls: griffe.Class) -> None:
-    """``x: int = option("What.", default=3)`` becomes a field of value 3 with a docstring."""
-    constructor = cls.members.get("__init__")
-    parameters = constructor.parameters if isinstance(constructor, griffe.Function) else ()
-    given = {parameter.name: parameter for parameter in parameters}
-    for name, field in cls.members.items():
-        call = field.value if isinstance(field, griffe.Attribute) else None
+    """``x: int = option("What.", default=3)`` becomes a field of value 3 with a docstring.
+
+    The constructor of a dataclass is made of its fields later on, and then is right, too.
+    """
+    fields = [member for member in cls.members.values() if isinstance(member, griffe.Attribute)]
+    for field in fields:
+        call = field.value
         if not isinstance(call, griffe.ExprCall) or str(call.function) != "option":
             continue
         text, *rest = call.arguments
-        default = rest[0].value if rest and isinstance(rest[0], griffe.ExprKeyword) else None
-        field.value = default
-        if name in given:
-            given[name].default = default
+        field.value = rest[0].value if rest and isinstance(rest[0], griffe.ExprKeyword) else None
         if isinstance(text, str):  # else it is put together when the program runs
             field.docstring = griffe.Docstring(ast.literal_eval(text), parent=field)

@@ -154,7 +154,11 @@ def test_the_site_builds(sources: Path) -> None:
         for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
             assert f'id="{name}"' in html, f"{page.name} does not show {name}"
         assert not re.search(r":(func|class|meth|attr):|doctest: \+", html), page.name
+    html = (sources / "site/api/reference_model.html").read_text(encoding="utf-8")
+    assert "Height and width of the images" in html
+    assert not re.search(r">option<", html), "a field of a config is shown as its source"
     html = (sources / "site/api/averages.html").read_text(encoding="utf-8")
+    assert ">_load<" not in html, "a private field is shown"
     for section in ("Parameters:", "Returns:", "Raises:", "Examples:", "Source"):
         assert f"{section}<" in html, f"sections {section} are not shown"
     assert 'href="solving.html#posthoc_ema.solve.solve"' in html, "a role did not become a link"
