@@ -9,7 +9,7 @@ BENCH_DIR ?= /var/tmp/posthoc-ema-bench
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-peers clean
+.PHONY: help demo test test-all lint docs docs-serve bench bench-peers clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,16 @@ lint: $(STAMP) ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs ## Build the documentation site into site/; broken links are errors.
+	$(BIN)/zensical build --clean --strict
+
+docs-serve: $(VENV)/.docs ## Show the documentation site at localhost:8000, rebuilt as pages change.
+	$(BIN)/zensical serve
+
 bench-peers: $(STAMP) ## Install other EMA libraries into benchmarks/.peers, for comparison only.
 	$(BIN)/python -m benchmarks.peers
 
@@ -49,4 +59,4 @@ bench: $(STAMP) ## Run all benchmarks (a quiet machine, three quarters of an hou
 	$(BIN)/python -m benchmarks.guidance --dir $(BENCH_DIR)/guidance
 
 clean: ## Remove what make created.
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -64,7 +64,7 @@ def sweep(
         All measurements of the run under this protocol, those of earlier calls included.
 
     Raises:
-        As :class:`Sweep`.
+        RunDirError: As :class:`Sweep`, like further errors.
     """
     run = Sweep(run_dir, protocol, progress=progress)
     return run.measure([run.raw, *grid(sigma_rels, [run.end])])

@@ -16,6 +16,7 @@ from docs_examples import PYTHON, SHELL, Block, read_blocks, shell_commands
 from helpers import ROOT, run_python
 
 import posthoc_ema
+from reference_model.cli import main as reference_cli
 
 # That on integrations runs section by section, where each framework is loaded: page_sections.py.
 PAGES = [
@@ -55,10 +56,24 @@ def check_commands(path: Path, block: Block) -> None:
             assert not unknown, f"{place}: the Makefile has no target {unknown}"
         elif name in ("python", "python3") and rest[:1] == ["-m"]:
             assert importlib.util.find_spec(rest[1]), f"{place}: no module {rest[1]}"
+            if rest[1] == "reference_model":
+                unknown = unknown_options(rest[2:])
+                assert not unknown, f"{place}: there is no {', '.join(unknown)}"
         elif name in ("python", "python3"):
             assert (ROOT / rest[0]).is_file(), f"{place}: no file {rest[0]}"
         else:
             assert name in ("pip", "git", "cd"), f"{place}: test_docs.py does not know {name}"
+
+
+def unknown_options(words: list[str]) -> list[str]:
+    """What a command line of the reference model names that does not exist."""
+    if not words:
+        return []
+    command = reference_cli.commands.get(words[0])
+    if command is None:
+        return words[:1]
+    known = {"--help"}.union(*(p.opts + p.secondary_opts for p in command.params))
+    return [word for word in words[1:] if word.startswith("--") and word not in known]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -83,6 +98,8 @@ def test_readme_shows_running_code() -> None:
         ("```bash\nmake an-unknown-target\n```", AssertionError),
         ("```bash\npython examples/gone.py\n```", AssertionError),
         ("```bash\npython -m reference_model_gone\n```", AssertionError),
+        ("```bash\npython -m reference_model an-unknown-command\n```", AssertionError),
+        ("```bash\npython -m reference_model generate --an-unknown-option 1\n```", AssertionError),
         ("```bash\nsomething-else\n```", AssertionError),
         ("```python\nx = 1\n", ValueError),
     ],
