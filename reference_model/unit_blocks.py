@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from reference_model.rungs import Rung
 
 
-SHARED = 0.5
-"""Assumed part of activations' variance that all pixels have in common.
+COMMON_TO_NEIGHBOURS, COMMON_TO_ALL = 1 / 3, 1 / 2
+"""Assumed part of the variance that is common to pixels of which a mean is taken.
 
-Means of independent pixels would ask for √n, those of equal ones for nothing. Classes, noise
-level and the mean of SiLU reach all pixels alike: networks of 8×8 to 16×16 pixels start with a
-quarter to four fifths in common.
+Means of n independent pixels would ask for the factor √n, those of equal ones for none. Classes,
+noise level and the mean of SiLU reach all pixels alike: at the start a fifth to a third is common
+to 2×2 pixels of the first level, and a third to nine tenths to those that attention weights.
 """
 
 
@@ -78,7 +78,6 @@ class UnitResidual(nn.Module):
     ) -> None:
         super().__init__()
         _, self.share = rung.sum_weights(config.res_balance)
-        self.resolution = config.img_resolution
         factor = 1 / rung.silu_magnitude
         self.conv0 = rung.conv(in_channels, out_channels, kernel=(3, 3), factor=factor, up=up)
         self.emb_linear = rung.conv(config.emb_channels, out_channels, kernel=())
@@ -90,17 +89,16 @@ class UnitResidual(nn.Module):
         # The share acts where the branch ends on values, and where it starts on gradients.
         y = self.conv0(F.silu(scaled(x, backward=self.share)))
         height, width = y.shape[2:]
-        # Gradients of a level are halved with its pixels, and the embedding takes all levels'.
-        emb = scaled(emb, backward=self.share * self.resolution / height)
+        emb = scaled(emb, backward=self.share)
         e = self.emb_linear(emb, summed=height * width / 2)[:, :, None, None]
         y = y * ((1 + e) * math.sqrt(0.5)).to(y.dtype)
         y = self.conv1(self.dropout(F.silu(y)))
         return scaled(y, forward=self.share)
 
 
-def mean_scale(pixels: float) -> float:
-    """What restores the magnitude of a mean over pixels that share half of their variance."""
-    return 1 / math.sqrt(SHARED + (1 - SHARED) / max(pixels, 1.0))
+def mean_scale(pixels: float, common: float) -> float:
+    """What restores the magnitude of a mean over pixels with a common part of their variance."""
+    return 1 / math.sqrt(common + (1 - common) / max(pixels, 1.0))
 
 
 class UnitAttention(nn.Module):
@@ -124,7 +122,7 @@ class UnitAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, H, W]` to the same shape."""
         pixels = x.shape[2] * x.shape[3]
-        forward = mean_scale(pixels / math.e)
+        forward = mean_scale(pixels / math.e, COMMON_TO_ALL)
         backward = max(math.sqrt(pixels / math.e), 1.0)
         y = self.qkv(scaled(x, backward=self.share * forward / backward))
         # Stored is, slowest first: head, channel of the head, query/key/value.
@@ -193,9 +191,7 @@ class UnitEncoderBlock(UnitBlock):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or H/2, W or W/2]`."""
         if self.down:
-            # Gradients of a level are halved where it ends (`UnitDecoderBlock`).
-            factor = mean_scale(4)
-            x = scaled(F.avg_pool2d(x, 2), forward=factor, backward=2 * factor)
+            x = F.avg_pool2d(x, 2) * mean_scale(4, COMMON_TO_NEIGHBOURS)
         x = self.skip(x)
         x = x * self.share + self.residual(x, emb)
         return clip(self.attention(x), self.clip_act)
@@ -206,9 +202,6 @@ class UnitDecoderBlock(UnitBlock):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in + skip, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`."""
-        if self.up:
-            # A pixel's gradient is the sum of four, of twice their magnitude.
-            x = scaled(x, backward=0.5)
         y = self.residual(x, emb)
         if self.up:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
