@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,9 +172,7 @@ def test_it_stands_beside_the_ladder() -> None:
     """The seven configs of the paper stay seven; U is built and told like one of them."""
     assert list(LADDER) == list("ABCDEFG")
     assert UNIT_SCALING not in LADDER
-    with pytest.raises(
-        ValueError, match=r"no ingredients to leave out \(got 'mp_silu'"
-    ):
+    with pytest.raises(ValueError, match=r"no ingredients to leave out \(got 'mp_silu'"):
         build_model(**(SMALL | {"leave_out": ("mp_silu",)}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="config U has no ingredients"):
         leave_out(preset("digits", config="U"), ["lr_decay"])
@@ -209,6 +208,23 @@ def test_folding_changes_nothing() -> None:
     with torch.no_grad(), folded_weights(net):
         folded = heun_sampler(net, noise, labels, num_steps=3)
     assert torch.equal(plain, folded)
+
+
+def test_compiles_into_one_graph_in_training() -> None:
+    """Factors of the backward pass survive it."""
+    net = small_net(num_blocks=1)
+    x, sigma, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 3.0]), torch.eye(10)[:2]
+
+    def gradients(evaluate: Any) -> list[Tensor]:
+        net.zero_grad()
+        evaluate(x, sigma, labels).square().sum().backward()
+        return [p.grad for p in net.unet.parameters() if p.grad is not None]
+
+    torch.compiler.reset()
+    compiled = gradients(torch.compile(net, backend="aot_eager", fullgraph=True))
+    for found, wanted in zip(compiled, gradients(net), strict=True):
+        # Rounding in float32, relative to the tensor.
+        assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_it_trains_like_any_config(tmp_path: Path) -> None:
