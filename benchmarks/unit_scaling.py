@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ CONFIGS = ("A", "E", "G", "U")
 RATES = (0.01, 0.03, 0.1, 0.2)
 STEPS, BATCH, RECORDS = 1000, 64, 40
 COLORS = {"A": "#ee6677", "E": "#ccbb44", "G": "#4477aa", "U": "#228833"}
-SHOWN_RATE = 0.1
+SHOWN_RATES = (0.03, 0.2)
 
 
 def mean_of_levels(layers: list[LayerMagnitudes], field: str) -> float | None:
@@ -115,8 +116,8 @@ def _text(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
 
 
-def draw(runs: dict[str, dict[str, Any]], path: Path, rate: float) -> None:
-    """Draw magnitudes at the first step by layer, and over training."""
+def draw(runs: dict[str, dict[str, Any]], path: Path, rates: Sequence[float]) -> None:
+    """Draw magnitudes at the first step by layer, and over training at two rates."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,16 +125,19 @@ def draw(runs: dict[str, dict[str, Any]], path: Path, rate: float) -> None:
 
     figure, (first, activation, weight) = plt.subplots(1, 3, figsize=(13, 3.8), layout="tight")
     for config in CONFIGS:
-        run = runs[f"{config} {rate:g}"]
-        color = COLORS[config]
-        first.semilogy(list(run["first"].values()), ".-", color=color, lw=0.7, label=config)
-        for axes, field in ((activation, "activation"), (weight, "weight")):
-            values = [math.nan if v is None else v for v in run[field]]
-            axes.semilogy(run["step"], values, color=color, label=config)
+        # Layers that start from zero, or behind a gain that does, have no place on the scale.
+        layers = [v or math.nan for v in runs[f"{config} {rates[-1]:g}"]["first"].values()]
+        first.semilogy(layers, ".", color=COLORS[config], label=config)
+        for rate, style in zip(rates, ("--", "-"), strict=True):
+            run = runs[f"{config} {rate:g}"]
+            for axes, field in ((activation, "activation"), (weight, "weight")):
+                values = [math.nan if v is None else v for v in run[field]]
+                axes.semilogy(run["step"], values, style, color=COLORS[config])
     first.set(xlabel="layer", ylabel="magnitude", title="Activations at the first step")
-    activation.set(xlabel="step", title=f"Activations, learning rate {rate:g}")
-    weight.set(xlabel="step", title=f"Stored weights, learning rate {rate:g}")
-    first.legend(title="config")
+    activation.set(xlabel="step", title="Activations")
+    weight.set(xlabel="step", title="Stored weights")
+    first.legend(title="config", ncols=len(CONFIGS), fontsize=8)
+    figure.suptitle("Learning rate " + ", ".join(f"{r:g}" for r in rates) + " (dashed, solid)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -147,13 +151,13 @@ def main() -> None:
     parser.add_argument("--image", type=Path, default=None, help="where the figure goes")
     arguments = parser.parse_args()
     started = harness.machine()
-    rates = RATES if not arguments.quick else (SHOWN_RATE,)
+    rates = RATES if not arguments.quick else SHOWN_RATES
     steps = arguments.steps if not arguments.quick else 4
     runs = {f"{c} {rate:g}": train(c, rate, steps) for rate in rates for c in CONFIGS}
     print(report(runs))
     image = arguments.image or (None if arguments.quick else IMAGE)
     if image is not None:
-        draw(runs, image, SHOWN_RATE)
+        draw(runs, image, SHOWN_RATES)
     if not arguments.quick:
         settings = {"steps": steps, "batch": BATCH, "rates": rates, "network": "digits-tiny"}
         print(f"\nWrote {harness.save('unit_scaling', settings, started, runs)} and {image}")

@@ -210,6 +210,9 @@ def test_folding_changes_nothing() -> None:
     assert torch.equal(plain, folded)
 
 
+@pytest.mark.slow
+# Dynamo makes an instance of autograd functions to look into them.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_into_one_graph_in_training() -> None:
     """Factors of the backward pass survive it."""
     net = small_net(num_blocks=1)
