@@ -87,19 +87,19 @@ def test_activations_weights_and_gradients_start_at_one() -> None:
     """Layer by layer.
 
     Tolerances: factors assume that inputs are independent and normal. Padding, products with a
-    modulation and what pixels have in common make activations deviate by up to 1.7 here and their
-    gradients by up to 1.8; gradients of weights, which rest on both, by up to 3.3.
+    modulation and what pixels have in common make activations deviate by a factor of 1.78 here and their
+    gradients by 1.92; gradients of weights, which rest on both, by 3.57. Some room is left.
     """
     net = small_net()
     for name, p in net.named_parameters():
         if p.numel() > 100:
             assert rms(p) == pytest.approx(1, abs=5 / math.sqrt(2 * p.numel())), name  # 5 σ
     found = first_pass(net)
-    assert deviation(a for a, _, _ in found.values()) < 1.8
+    assert deviation(a for a, _, _ in found.values()) < 2
     # What leads into a modulation gathers the gradients of all pixels.
     gradients = (g for n, (_, g, _) in found.items() if not n.endswith("emb_linear"))
-    assert deviation(gradients) < 2.2
-    assert deviation(w for _, _, w in found.values()) < 4
+    assert deviation(gradients) < 2.5
+    assert deviation(w for _, _, w in found.values()) < 4.5
 
 
 def test_without_a_factor_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_without_a_factor_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         # No factors in the backward pass: gradients are what autograd makes of the forward pass.
         patch.setattr(unit_scaling._Scaled, "apply", staticmethod(lambda x, f, b: x * f))
         found = first_pass(small_net())
-        assert deviation(a for a, _, _ in found.values()) < 1.8
+        assert deviation(a for a, _, _ in found.values()) < 2
         assert deviation(w for _, _, w in found.values()) > 30
     with monkeypatch.context() as patch:
         # No factors in the forward pass.
