@@ -87,8 +87,9 @@ def test_activations_weights_and_gradients_start_at_one() -> None:
     """Layer by layer.
 
     Tolerances: factors assume that inputs are independent and normal. Padding, products with a
-    modulation and what pixels have in common make activations deviate by a factor of 1.78 here and their
-    gradients by 1.92; gradients of weights, which rest on both, by 3.57. Some room is left.
+    modulation and what pixels have in common make activations deviate by a factor of 1.78 here
+    and their gradients by 1.92; gradients of weights, which rest on both, by 3.57. Some room is
+    left.
     """
     net = small_net()
     for name, p in net.named_parameters():
