@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from reference_model.ladder import (
+    CONFIGS,
     INGREDIENTS,
-    LADDER,
     LR_DECAY,
     check_leave_out,
     network_default,
@@ -47,7 +47,9 @@ def option(help: str, **default: Any) -> Any:
 class NetworkConfig:
     """Shape and constants of the denoiser, by their EDM2 names."""
 
-    config: str = option("Rung of the paper's ladder, A to G.", default="G")
+    config: str = option(
+        "Rung of the paper's ladder, A to G; or U, G with unit scaling.", default="G"
+    )
     img_resolution: int = option("Height and width of the images, in pixels.")
     img_channels: int = option("Channels of the images.")
     label_dim: int = option("Number of classes; 0 for an unconditional network.", default=0)
@@ -72,7 +74,7 @@ class NetworkConfig:
     )
     channels_per_head: int = option("Channels of one attention head.", default=64)
     dropout: float = option(
-        "Dropout probability in residual branches; left out: 0.1, and for config G 0.",
+        "Dropout probability in residual branches; left out: 0.1, and for G and U 0.",
         default=BY_CONFIG,
     )
     label_balance: float = option("Share of the class in the embedding of G, 0 to 1.", default=0.5)
@@ -80,7 +82,7 @@ class NetworkConfig:
     res_balance: float = option("Share of residual branches in G, 0 to 1.", default=0.3)
     attn_balance: float = option("Share of attention in G, 0 to 1.", default=0.3)
     clip_act: float | None = option(
-        "Bound on activations; none: unbounded; left out: 256, and for A to C none.",
+        "Bound on activations; none: unbounded; left out: 256, and for A to C and U none.",
         default=BY_CONFIG,
     )
     sigma_data: float = option("Standard deviation of the data.", default=0.5)
@@ -94,8 +96,8 @@ class NetworkConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.config not in LADDER:
-            raise ValueError(f"config must be one of {', '.join(LADDER)} (got {self.config!r})")
+        if self.config not in CONFIGS:
+            raise ValueError(f"config must be one of {', '.join(CONFIGS)} (got {self.config!r})")
         for name in ("attn_resolutions", "dropout", "clip_act"):
             if getattr(self, name) is BY_CONFIG:
                 object.__setattr__(self, name, network_default(self.config, name))

@@ -35,6 +35,13 @@ from reference_model.layers import Conv, GroupNorm, GroupScale, Sinusoid
 from reference_model.mp_layers import Gain, MPConv, MPFourier
 from reference_model.rungs import Rung, identity, plain_cat, plain_sum_weights, rung_of
 from reference_model.unet import UNet
+from reference_model.unit_blocks import (
+    UnitAttention,
+    UnitDecoderBlock,
+    UnitEmbedding,
+    UnitEncoderBlock,
+    UnitResidual,
+)
 
 if TYPE_CHECKING:
     from reference_model.configs import NetworkConfig
@@ -173,7 +180,7 @@ def _costs(
             )
         ]
     costs = []
-    if isinstance(module, MPAttention | SoftmaxAttention):
+    if isinstance(module, MPAttention | SoftmaxAttention | UnitAttention):
         # Logits, and sums of values: each a product over all channels for pairs of pixels.
         macs = 2 * elements * shape[1] * shape[2]
         costs.append(LayerCost(f"{name}.products", "attention", shape, macs=macs))
@@ -193,6 +200,9 @@ def _elementwise(module: nn.Module, rung: Rung, inputs: tuple[Any, ...], output:
     silu = SILU if rung.silu_magnitude == 1 else SILU + 1
     norm = 0 if rung.pixel_norm is identity else NORMALIZE
 
+    def embedding() -> int:
+        return (silu + (add if module.label is not None else 0)) * elements
+
     def block() -> int:
         return (add + int(getattr(module, "clip_act", None) is not None)) * elements
 
@@ -203,7 +213,8 @@ def _elementwise(module: nn.Module, rung: Rung, inputs: tuple[Any, ...], output:
     operations: dict[type[nn.Module], Callable[[], int]] = {
         Sinusoid: lambda: 2 * elements,
         MPFourier: lambda: 4 * elements,
-        MPEmbedding: lambda: (silu + (add if module.label is not None else 0)) * elements,
+        MPEmbedding: embedding,
+        UnitEmbedding: embedding,
         nn.SiLU: lambda: SILU * elements,
         nn.AvgPool2d: lambda: entering,
         Gain: lambda: elements,
@@ -211,12 +222,16 @@ def _elementwise(module: nn.Module, rung: Rung, inputs: tuple[Any, ...], output:
         GroupScale: lambda: NORMALIZE * elements,
         # Activation before each convolution, and the modulation.
         MPResidual: lambda: silu * entering + (silu + 1) * elements,
+        UnitResidual: lambda: silu * entering + (silu + 1) * elements,
         GroupNormResidual: lambda: SILU * entering + (SILU + rung.modulation_width) * elements,
         MPAttention: lambda: NORMALIZE * 3 * elements + attention(),
         SoftmaxAttention: attention,
+        UnitAttention: lambda: elements + attention(),
         # Pixel norm; the mean of 2×2 pixels.
         MPEncoderBlock: lambda: block() + norm * elements + (entering if module.down else 0),
         MPDecoderBlock: block,
+        UnitEncoderBlock: lambda: block() + (entering + elements if module.down else 0),
+        UnitDecoderBlock: block,
         GroupNormBlock: block,
         GroupNormOutput: lambda: SILU * entering,
         UNet: lambda: 0 if rung.cat is plain_cat else _joined(module),

@@ -26,6 +26,12 @@ LADDER = {
 }
 """The seven configs of Table 1."""
 
+UNIT_SCALING = "U"
+"""Beside the ladder: G's network with unit scaling in place of normalisation."""
+
+CONFIGS = (*LADDER, UNIT_SCALING)
+"""Every config that can be built and trained."""
+
 CLASSICAL_SIGMA_REL = 0.0629
 """EMA length of a classical EMA whose half-life is 5 % of the training so far (γ + 1 = 20 ln 2)."""
 
@@ -84,7 +90,9 @@ E = replace(D, lr_decay=True)
 F = E
 G = replace(F, dropout=None)
 
-HABITS = {"A": A, "B": B, "C": C, "D": D, "E": E, "F": F, "G": G}
+U = replace(G, clip_act=None)  # a bound would hide what is to be seen
+
+HABITS = {"A": A, "B": B, "C": C, "D": D, "E": E, "F": F, "G": G, UNIT_SCALING: U}
 """How each config is trained."""
 
 LR_DECAY = "lr_decay"
@@ -118,17 +126,19 @@ def check_leave_out(config: str, names: Iterable[str]) -> None:
     """Refuse to leave out what a config does not have.
 
     Args:
-        config: One of `LADDER`.
+        config: One of `CONFIGS`.
         names: Names of ingredients.
 
     Raises:
         ValueError: For names that do not exist, that come later in the ladder, or that occur
-            twice.
+            twice; for a config beside the ladder, any.
     """
     seen: set[str] = set()
     for name in names:
         if name not in INGREDIENTS:
             raise ValueError(f"leave_out must name some of {', '.join(INGREDIENTS)} (got {name!r})")
+        if config not in LADDER:
+            raise ValueError(f"config {config} has no ingredients to leave out (got {name!r})")
         since, _ = INGREDIENTS[name]
         if config < since:
             raise ValueError(
@@ -149,7 +159,7 @@ def with_config(config: TrainConfig, rung: str) -> TrainConfig:
 
     Args:
         config: Training config with a network of config G.
-        rung: One of `LADDER`.
+        rung: One of `CONFIGS`.
 
     Returns:
         The config; change fields with `dataclasses.replace`.
@@ -161,8 +171,8 @@ def with_config(config: TrainConfig, rung: str) -> TrainConfig:
         Karras et al. 2024, arXiv:2312.02696, Table 1 and App. B.
     """
     net = config.network
-    if rung not in LADDER:
-        raise ValueError(f"config must be one of {', '.join(LADDER)} (got {rung!r})")
+    if rung not in CONFIGS:
+        raise ValueError(f"config must be one of {', '.join(CONFIGS)} (got {rung!r})")
     if rung == net.config:
         return config
     if net.config != "G":

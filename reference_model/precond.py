@@ -168,7 +168,8 @@ def build_model(config: str = "G", **arguments: Any) -> Denoiser:
     """Build a randomly initialised denoiser.
 
     Args:
-        config: Rung of the paper's ladder, "A" (EDM's network) to "G" (the final one).
+        config: Rung of the paper's ladder, "A" (EDM's network) to "G" (the final one);
+            or "U", G's network with unit scaling.
         **arguments: Fields of `NetworkConfig`, by their EDM2 names: `img_resolution`,
             `img_channels`, `label_dim`, `model_channels`, `channel_mult`, `num_blocks`,
             `attn_resolutions`, `channels_per_head`, `dropout`, `label_balance`,

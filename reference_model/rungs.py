@@ -41,6 +41,14 @@ from reference_model.mp_layers import (
     mp_sum_weights,
 )
 from reference_model.normalization import normalize
+from reference_model.unit_blocks import (
+    UnitAttention,
+    UnitDecoderBlock,
+    UnitEmbedding,
+    UnitEncoderBlock,
+    UnitOutput,
+)
+from reference_model.unit_scaling import UnitConv, descend, unit_cat
 
 if TYPE_CHECKING:
     from reference_model.configs import NetworkConfig
@@ -78,6 +86,11 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def go_on(x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass an encoder's output and the embedding on as they are."""
+    return x, emb
+
+
 PlainFourier = partial(MPFourier, amplitude=1.0)
 """Noise features of configs C to F: cosines as they are."""
 
@@ -105,6 +118,8 @@ class Rung:
         pixel_norm: Normalisation at the start of encoder blocks of F and G.
         sum_weights: Weights of main path and branch, from their balance.
         cat: Joins the main path with a skip connection.
+        descend: What an encoder's output and the embedding pass on the way that the skip
+            connection bridges.
         silu_magnitude: What SiLU is divided by.
         emb_gain: Scales the embedding's action on a block of F and G.
         output_gain: Scales the output of F and G.
@@ -130,6 +145,7 @@ class Rung:
     pixel_norm: Callable[[Tensor], Tensor] = identity
     sum_weights: Callable[[float], tuple[float, float]] = plain_sum_weights
     cat: Callable[..., Tensor] = plain_cat
+    descend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = go_on
     silu_magnitude: float = 1.0
     emb_gain: type[nn.Module] = nn.Identity
     output_gain: type[nn.Module] = nn.Identity
@@ -194,8 +210,24 @@ G = replace(
     logvar_features=MPFourier,
 )
 
-RUNGS = {"A": A, "B": B, "C": C, "D": D, "E": E, "F": F, "G": G}
-"""The networks of Table 1."""
+# Beside the ladder: G with static factors in place of everything that normalises.
+U = replace(
+    G,
+    **_layers(UnitConv),
+    embedding=UnitEmbedding,
+    encoder_block=UnitEncoderBlock,
+    decoder_block=UnitDecoderBlock,
+    attention=UnitAttention,
+    output=UnitOutput,
+    pixel_norm=identity,
+    cat=unit_cat,
+    descend=descend,
+    emb_gain=nn.Identity,
+    output_gain=nn.Identity,
+)
+
+RUNGS = {"A": A, "B": B, "C": C, "D": D, "E": E, "F": F, "G": G, "U": U}
+"""The networks of Table 1, and the unit-scaled one beside them."""
 
 
 def _but(**changes: Any) -> Callable[[Rung], Rung]:

@@ -29,6 +29,7 @@ class UNet(nn.Module):
         # The fastest layout for convolutions, pixel norms and attention, which all keep it.
         self.memory_format = torch.channels_last
         self.cat = rung.cat
+        self.descend = rung.descend
         self.concat_balance = config.concat_balance
         self.ones_channel = rung.ones_channel
         self.embedding = rung.embedding(config, rung)
@@ -101,12 +102,15 @@ class UNet(nn.Module):
         x = x.contiguous(memory_format=self.memory_format)
         stem, *blocks = self.enc.values()
         x = stem(x)
-        skips = [x]
+        skips = [(x, emb)]
         for block in blocks:
+            x, emb = self.descend(x, emb)
             x = block(x, emb)
-            skips.append(x)
+            skips.append((x, emb))
+        x, emb = self.descend(x, emb)
         for block in self.dec.values():
             if block.skip_channels:
-                x = self.cat(x, skips.pop(), t=self.concat_balance)
+                skip, emb = skips.pop()
+                x = self.cat(x, skip, t=self.concat_balance)
             x = block(x, emb)
         return self.out(x)

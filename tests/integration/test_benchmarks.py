@@ -16,13 +16,15 @@ COMMANDS = {
     "snapshot_writing": [],
     "model_speed": ["--case", "28x28"],
     "guidance": [],
+    "unit_scaling": [],
 }
 ROWS = {
     "solve_conditioning": "| kriging",
     "model_speed": "| reference_model",
     "guidance": "| σ_rel 0.25",
+    "unit_scaling": "| U ",
 }
-SLOW = {"guidance"}
+SLOW = {"guidance", "unit_scaling"}
 
 
 @pytest.fixture(autouse=True)

@@ -135,7 +135,7 @@ def test_new_run_needs_a_preset(tmp_path: Path) -> None:
     [
         (["--channel-mult", "1,x"], 2, "'1,x' is not of the form int,..."),
         (["--seed", "none"], 2, "'none' is not of the form int"),
-        (["--config", "H"], 1, "config must be one of A, B, C, D, E, F, G (got 'H')"),
+        (["--config", "H"], 1, "config must be one of A, B, C, D, E, F, G, U (got 'H')"),
         (["--config", "B", "--leave-out", "mp_silu"], 1, "config B has no mp_silu to leave out"),
         (["--data", ""], 1, "no data set given; 'digits' is built in"),
     ],

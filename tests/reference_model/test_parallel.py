@@ -14,7 +14,7 @@ import torch
 
 from posthoc_ema import SnapshotStore, reconstruct
 from reference_model.checkpoint import load_checkpoint
-from reference_model.configs import LADDER
+from reference_model.ladder import LADDER
 from reference_model.presets import preset
 from reference_model.train import images_at_once, train
 from tests.distributed.ranks import run_ranks
