@@ -1,11 +1,11 @@
-"""Train variants of the network under the same conditions and measure each: the paper's ablation."""
+"""Train variants of the network under the same conditions and measure each: an ablation."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class AblationPlan:
     data: str | None = None
     sigma_rels: tuple[float, ...] = LENGTHS
     fixed_sigma_rel: float = 0.1
-    protocol: Protocol = Protocol()
+    protocol: Protocol = field(default_factory=Protocol)
 
     def __post_init__(self) -> None:
         for what, values in (("variants", self.variants), ("seeds", self.seeds)):
@@ -200,12 +200,6 @@ class AblationRun:
         }
         return len(found & {None, *plan.lengths})
 
-    def done_images(self, plan: AblationPlan) -> int:
-        """Images trained on and generated so far, for a progress display."""
-        measured = self.measured(plan)
-        trained = plan.total_nimg if measured else last_nimg(self.run_dir / STATS_FILE)
-        return trained + measured * plan.protocol.repeats * plan.protocol.images
-
     def job(self, plan: AblationPlan, judge_dir: Path) -> Job:
         """What a worker needs to know."""
         return Job(
@@ -259,7 +253,7 @@ def ablate(
 
     Raises:
         ValueError: If the data set cannot be judged, or a run's files cannot be understood.
-        Interrupted: If asked to stop by SIGTERM or Ctrl-C; the same call goes on from there.
+        StoppedError: If asked to stop by SIGTERM or Ctrl-C; the same call goes on from there.
     """
     out = Path(out)
     runs = plan.runs(out)
@@ -268,19 +262,51 @@ def ablate(
         return []
     out.mkdir(parents=True, exist_ok=True)
     make_judge(plan, out, progress=progress)
-    images = plan.protocol.repeats * plan.protocol.images * (len(plan.lengths) + 1)
-
-    def done() -> int:
-        return sum(run.done_images(plan) for run in runs)
-
     return run_jobs(
         [run.job(plan, out / JUDGE) for run in open_runs],
         parallel=jobs or cores(),
         threads=max(1, cores() // (jobs or cores())),
-        total=len(runs) * (plan.total_nimg + images),
-        done=done,
+        total=len(runs) * (plan.total_nimg + (len(plan.lengths) + 1) * generated(plan)),
+        done=Progress(plan, runs),
         progress=progress,
     )
+
+
+class Progress:
+    """Counts images trained on and generated so far, over all runs.
+
+    Args:
+        plan: What is trained and measured.
+        runs: All of its runs.
+    """
+
+    def __init__(self, plan: AblationPlan, runs: Sequence[AblationRun]) -> None:
+        self._plan, self._runs = plan, runs
+        # Records hold all coefficients: they are read only when they have changed.
+        self._measured: dict[Path, tuple[int, int]] = {}
+
+    def __call__(self) -> int:
+        """The number now."""
+        return sum(self._of(run) for run in self._runs)
+
+    def _of(self, run: AblationRun) -> int:
+        path = run.run_dir / SWEEP_FILE
+        changed = path.stat().st_mtime_ns if path.exists() else 0
+        known = self._measured.get(path)
+        if known is None or known[0] != changed:
+            try:
+                known = changed, run.measured(self._plan)
+            except RunDirError:
+                known = changed, 0  # its worker says what is wrong
+            self._measured[path] = known
+        measured = known[1]
+        trained = self._plan.total_nimg if measured else last_nimg(run.run_dir / STATS_FILE)
+        return trained + measured * generated(self._plan)
+
+
+def generated(plan: AblationPlan) -> int:
+    """Images that one set of weights is measured by."""
+    return plan.protocol.repeats * plan.protocol.images
 
 
 def make_judge(plan: AblationPlan, out: Path, *, progress: bool = True) -> None:

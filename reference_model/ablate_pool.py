@@ -19,10 +19,10 @@ from reference_model.signals import stop_signals
 LOG_FILE = "ablate.log"
 STOPPED = 75
 """Exit status of a worker that was asked to stop and saved first (EX_TEMPFAIL)."""
-POLL_SECONDS = 0.2
+POLL_SECONDS, SHOW_SECONDS = 0.1, 1.0
 
 
-class Interrupted(RuntimeError):
+class StoppedError(RuntimeError):
     """Work was stopped on request; what was done is kept."""
 
 
@@ -82,10 +82,11 @@ def run_jobs(
         Those that failed.
 
     Raises:
-        Interrupted: After SIGTERM or Ctrl-C, once all workers have saved.
+        StoppedError: After SIGTERM or Ctrl-C, once all workers have saved.
     """
     waiting, running = list(jobs), dict[str, tuple[Job, subprocess.Popen[bytes]]]()
-    failures = []
+    failures: list[Failure] = []
+    shown = -SHOW_SECONDS
     bar = tqdm(total=total, desc="ablate", unit="img", unit_scale=True, disable=not progress)
     with bar, stop_signals() as stop:
         try:
@@ -101,8 +102,11 @@ def run_jobs(
                     if worker.returncode:
                         failures.append(_failure(job, worker.returncode))
                         bar.write(str(failures[-1]), file=sys.stderr)
-                if progress:
+                if progress and time.monotonic() - shown >= SHOW_SECONDS:
+                    shown = time.monotonic()
                     _show(bar, done(), running, len(waiting))
+            if progress:
+                _show(bar, done(), running, len(waiting))
         finally:
             # Workers live as long as their standard input is open.
             for _, worker in running.values():
@@ -111,7 +115,7 @@ def run_jobs(
             for _, worker in running.values():
                 worker.wait()
     if stop.is_set():
-        raise Interrupted("stopped; all runs were saved, and the same command goes on from there")
+        raise StoppedError("stopped; all runs were saved, and the same command goes on from there")
     return failures
 
 

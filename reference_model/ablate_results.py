@@ -57,7 +57,12 @@ class Drift:
     law: tuple[float, ...] = ()
 
     def growth(self, field: str, since: float = 0.0) -> float:
-        """Last value of `activation` or `weight` relative to that after a part of training."""
+        """Last value of `activation`, `weight` or `law`, relative to one earlier in training.
+
+        Args:
+            field: Which.
+            since: Part of training after which the earlier one was recorded.
+        """
         values: tuple[float, ...] = getattr(self, field)
         if not values:
             return math.nan
