@@ -99,6 +99,7 @@ def run_jobs(
                     if worker.poll() is None:
                         continue
                     del running[job.name]
+                    _close(worker)
                     if worker.returncode:
                         failures.append(_failure(job, worker.returncode))
                         bar.write(str(failures[-1]), file=sys.stderr)
@@ -110,8 +111,7 @@ def run_jobs(
         finally:
             # Workers live as long as their standard input is open.
             for _, worker in running.values():
-                assert worker.stdin is not None
-                worker.stdin.close()
+                _close(worker)
             for _, worker in running.values():
                 worker.wait()
     if stop.is_set():
@@ -139,6 +139,11 @@ def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:
             env=environment,
             start_new_session=True,  # Ctrl-C is this process's to handle
         )
+
+
+def _close(worker: subprocess.Popen[bytes]) -> None:
+    assert worker.stdin is not None  # a pipe
+    worker.stdin.close()
 
 
 def _failure(job: Job, status: int) -> Failure:

@@ -52,11 +52,12 @@ def write_ablation(
         "failures": [{**asdict(f), "log": str(f.log)} for f in failures],
         "machine": describe_machine(),
     }
-    text = json.dumps(results, indent=1, allow_nan=False, default=list) + "\n"
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     html = render(plan, outcomes, found, failures)
     write_atomically(out / RESULTS_FILE, lambda file: file.write(text.encode()))
     write_atomically(out / REPORT_FILE, lambda file: file.write(html.encode()))
-    return results
+    written: dict[str, Any] = json.loads(text)
+    return written
 
 
 def render(

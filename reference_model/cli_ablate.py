@@ -158,7 +158,7 @@ def ablate(
             raise click.ClickException(str(stopped)) from stopped
         results = write_ablation(plan, out, failures)
     if as_json:
-        click.echo(json.dumps(results, default=list))
+        click.echo(json.dumps(results))
     else:
         for line in _table(results):
             click.echo(line)
