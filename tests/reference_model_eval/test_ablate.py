@@ -449,3 +449,34 @@ def test_the_help_teaches() -> None:
     output = invoke("--help")
     assert "ablate --out runs/ladder --seeds 2" in output
     assert "--leave-one-out=pixel_norm,mp_sum" in output
+
+
+# The benchmark.
+
+
+def test_the_benchmark_draws_what_was_measured(finished: Path, out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import ladder
+
+    results = write_ablation(PLAN, out)
+    assert ladder.report(results).splitlines()[2].startswith("| D")
+    paths = ladder.draw({"ladder": results, "ingredients": results}, tmp_path / "figures")
+    names = ["ladder-curves.png", "ladder-magnitudes.png", "ladder-ingredients.png"]
+    assert [path.name for path in paths] == names
+    assert all(path.stat().st_size > 10_000 for path in paths)  # an empty PNG has some 3 kB
+
+
+@pytest.mark.slow
+def test_the_benchmark_shares_runs_between_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import harness, ladder
+
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["ladder", "--out", str(tmp_path / "runs"), "--quick"])
+    ladder.main()
+    assert "| G-pixel_norm" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists(), "a quick run must not replace recorded results"
+    log = (tmp_path / "runs" / "G-seed0" / LOG_FILE).read_text()
+    assert log.count("started") == 1
