@@ -96,8 +96,10 @@ def _quality(by_name: Mapping[str, Outcome]) -> Iterator[Check]:
     if first and last:
         gain = first.best.mean - last.best.mean
         error = (first.best.error**2 + last.best.error**2) ** 0.5
+        alone = 1 in (len(first.seeds), len(last.seeds))
         yield Check(
-            "G is better than A, each at its own best EMA length (difference of distances)",
+            "G is better than A, each at its own best EMA length (difference of distances"
+            f"{', one training each' if alone else ''})",
             "above 0, clearly",
             plus_minus(gain, error),
             gain > 2 * error,

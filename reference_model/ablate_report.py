@@ -103,8 +103,8 @@ def _header(plan: AblationPlan, outcomes: Sequence[Outcome], failures: Sequence[
     best = min(outcomes, key=lambda o: o.best.mean)
     return f"""<header>{eyebrow}
 <h1>{len(outcomes)} variants, each at its own best EMA length</h1>
-<p class="lede">All were trained on the same {plan.total_nimg:,} images with the same seeds, and
-measured with the same noise and the same classifier. Lowest distance to real images:
+<p class="lede">All saw {plan.total_nimg:,} images of the same data in training, with the same
+seeds, and were measured with the same noise and the same classifier. Lowest distance to real images:
 <strong>{best.name}</strong> ({escape(best.variant.about)}),
 {plus_minus(best.best.mean, best.best.error)} at {SIGMA} {best.best_sigma_rel:g}.</p>
 {notices}</header>"""
