@@ -31,11 +31,11 @@ from benchmarks.fashion_figures import IMAGES, distance_axis, length_axis
 from reference_model.ablate import AblationPlan, Variant, ablate, leave_one_out
 from reference_model.ablate_report import write_ablation
 from reference_model.charts import plus_minus
-from reference_model.ladder import LADDER
+from reference_model.ladder import HABITS
 from reference_model.protocol import Protocol
 
 PARTS = {
-    "ladder": tuple(Variant(config) for config in LADDER),
+    "ladder": tuple(Variant(config) for config in HABITS),
     "ingredients": leave_one_out("G"),
 }
 LENGTHS = (0.02, 0.03, 0.05, 0.07, 0.10, 0.13, 0.16, 0.20, 0.25)
@@ -75,7 +75,7 @@ def report(results: Mapping[str, Any]) -> str:
 
 def curves(variants: Sequence[Mapping[str, Any]]) -> Any:
     """Distance against EMA length, a line for each config."""
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5.4), layout="constrained")
     for place, v in enumerate(variants):
         rows, color = v["curve"], plt.get_cmap("viridis")(0.92 * place / max(len(variants) - 1, 1))
         axes.errorbar(
@@ -88,27 +88,28 @@ def curves(variants: Sequence[Mapping[str, Any]]) -> Any:
     length_axis(axes)
     distance_axis(axes)
     axes.set_title("Each config has a best EMA length of its own", fontsize=11)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
 def magnitudes(variants: Sequence[Mapping[str, Any]]) -> Any:
-    """Activations and stored weights over training; the law dotted."""
+    """Activations, and stored weights relative to their start, over training; the law dotted."""
     figure, both = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for axes, field in zip(both, ("activation", "weight"), strict=True):
         for place, v in enumerate(variants):
-            of, color = v["magnitudes"], plt.get_cmap("viridis")(
-                0.92 * place / max(len(variants) - 1, 1)
-            )  # fmt: skip
-            axes.plot(of["nimg"], of[field], lw=1.6, color=color, label=v["name"])
+            of, share = v["magnitudes"], place / max(len(variants) - 1, 1)
+            color = plt.get_cmap("viridis")(0.92 * share)
+            unit = of["weight"][0] if field == "weight" else 1.0
+            axes.plot(
+                of["nimg"], [y / unit for y in of[field]], lw=1.6, color=color, label=v["name"]
+            )
             if field == "weight" and of["law"]:
-                law = [of["weight"][0] * value for value in of["law"]]
-                axes.plot(of["nimg"], law, ":", lw=1.6, color="#c04a00", label="√(1 + Σα²)")
+                axes.plot(of["nimg"], of["law"], ":", lw=1.6, color="#c04a00", label="√(1 + Σα²)")
         axes.set_yscale("log")
         axes.grid(alpha=0.25)
         axes.set_xlabel("training images seen")
-        axes.set_title({"activation": "Activations", "weight": "Stored weights"}[field],
-                       fontsize=11)  # fmt: skip
+    both[0].set_title("Activations", fontsize=11)
+    both[1].set_title("Stored weights, relative to the start", fontsize=11)
     both[1].legend(frameon=False, fontsize=8)
     return figure
 

@@ -12,7 +12,14 @@ from typing import Any
 from reference_model.ablate_pool import Failure, Job, run_jobs
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config
 from reference_model.configs import TrainConfig
-from reference_model.ladder import INGREDIENTS, LADDER, check_leave_out, leave_out, with_config
+from reference_model.ladder import (
+    HABITS,
+    INGREDIENTS,
+    LADDER,
+    check_leave_out,
+    leave_out,
+    with_config,
+)
 from reference_model.presets import preset
 from reference_model.protocol import Protocol
 from reference_model.stats import last_nimg
@@ -29,7 +36,7 @@ class Variant:
     """A config of the ladder, without some of its ingredients or whole.
 
     Attributes:
-        config: One of `LADDER`.
+        config: One of `HABITS`: of the ladder, or beside it.
         leave_out: Some of `INGREDIENTS`.
     """
 
@@ -37,8 +44,8 @@ class Variant:
     leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.config not in LADDER:
-            raise ValueError(f"config must be one of {', '.join(LADDER)} (got {self.config!r})")
+        if self.config not in HABITS:
+            raise ValueError(f"config must be one of {', '.join(HABITS)} (got {self.config!r})")
         check_leave_out(self.config, self.leave_out)
 
     @property
@@ -50,7 +57,7 @@ class Variant:
     def about(self) -> str:
         """What it is, in words."""
         if not self.leave_out:
-            return LADDER[self.config]
+            return LADDER.get(self.config, "beside the ladder")
         return "without " + "; ".join(INGREDIENTS[name][1] for name in self.leave_out)
 
     def has(self, ingredient: str) -> bool:

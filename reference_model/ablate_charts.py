@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reference_model.ablate_results import Outcome
 from reference_model.charts import Chart, Scale, nice_range, number, plus_minus, responsive
@@ -71,18 +71,28 @@ def quality_chart(outcomes: Sequence[Outcome], fixed_sigma_rel: float) -> str:
     return responsive(draw, wide=(960, 460), narrow=(380, 360))
 
 
-def drift_chart(outcomes: Sequence[Outcome], field: str, label: str) -> str:
-    """A magnitude against images seen; where theory gives it, its law is dotted."""
-    lines = [
+def activation_chart(outcomes: Sequence[Outcome]) -> str:
+    """Magnitude of activations against images seen."""
+    return _drift_chart(_over_training(outcomes, "activation"), "mean magnitude of activations")
+
+
+def weight_chart(outcomes: Sequence[Outcome]) -> str:
+    """Magnitude of stored weights, relative to the start; laws of theory are dotted."""
+    lines = [replace(s, ys=[y / s.ys[0] for y in s.ys]) for s in _over_training(outcomes, "weight")]
+    laws = [Series("", o.drift.nimg, o.drift.law, "raw dotted") for o in outcomes if o.drift.law]
+    return _drift_chart(lines, "magnitude of stored weights, relative to the start", laws)
+
+
+def _over_training(outcomes: Sequence[Outcome], field: str) -> list[Series]:
+    return [
         Series(o.name, o.drift.nimg, getattr(o.drift, field), style(place))
         for place, o in enumerate(outcomes)
         if o.drift.nimg
     ]
-    laws = [
-        Series("", o.drift.nimg, [v * o.drift.weight[0] for v in o.drift.law], "other")
-        for o in outcomes
-        if field == "weight" and o.drift.law
-    ]
+
+
+def _drift_chart(lines: Sequence[Series], label: str, laws: Sequence[Series] = ()) -> str:
+    """Lines against images seen, named at their ends."""
     y_scale = nice_range([y for s in (*lines, *laws) for y in s.ys], log=True)
     end = max(x for s in lines for x in s.xs)
 
@@ -92,7 +102,7 @@ def drift_chart(outcomes: Sequence[Outcome], field: str, label: str) -> str:
         for series in lines:
             chart.line(series.xs, series.ys, f"{series.style} thin")
         for law in laws:
-            chart.line(law.xs, law.ys, "raw dotted")
+            chart.line(law.xs, law.ys, law.style)
         _labels(chart, lines)
         last = "; ".join(f"{s.name} {number(s.ys[-1])}" for s in lines)
         return chart.svg(f"{label} against images seen. At the end: {last}")

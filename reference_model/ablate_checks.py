@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from reference_model.ablate_results import Outcome
 from reference_model.charts import number, plus_minus
+from reference_model.ladder import LADDER
 
 LAW_TOLERANCE = 0.1
 """Relative: updates are not exactly orthogonal to weights, nor Adam's of the rate's RMS."""
@@ -43,7 +44,7 @@ def checks(outcomes: Sequence[Outcome]) -> list[Check]:
     recorded = [o for o in outcomes if o.drift.nimg]
     found: list[Check] = []
     for o in recorded:
-        found += [*_stored_weights(o), _activations(o)]
+        found += [*_stored_weights(o), *_activations(o)]
     return [*found, *_pixel_norm(by_name), *_quality(by_name)]
 
 
@@ -67,10 +68,12 @@ def _stored_weights(o: Outcome) -> Iterator[Check]:
         )
 
 
-def _activations(o: Outcome) -> Check:
+def _activations(o: Outcome) -> Iterator[Check]:
+    if o.variant.config not in LADDER:
+        return  # the paper says nothing of it
     held = o.variant.has("weight_norm")
     growth = o.drift.growth("activation", SETTLED)
-    return Check(
+    yield Check(
         f"{o.name}: activations {'do not grow' if held else 'grow'} "
         "(end of training relative to its first quarter)",
         f"{'at most' if held else 'above'} {GROWS:g}",

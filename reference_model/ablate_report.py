@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reference_model.ablate import AblationPlan
-from reference_model.ablate_charts import drift_chart, quality_chart
+from reference_model.ablate_charts import activation_chart, quality_chart, weight_chart
 from reference_model.ablate_checks import Check, checks
 from reference_model.ablate_pool import Failure
 from reference_model.ablate_results import NEAR_BEST, Outcome, gather
@@ -104,7 +104,8 @@ def _header(plan: AblationPlan, outcomes: Sequence[Outcome], failures: Sequence[
     return f"""<header>{eyebrow}
 <h1>{len(outcomes)} variants, each at its own best EMA length</h1>
 <p class="lede">All saw {plan.total_nimg:,} images of the same data in training, with the same
-seeds, and were measured with the same noise and the same classifier. Lowest distance to real images:
+seeds, and were measured with the same noise and the same classifier. Lowest distance to real
+images:
 <strong>{best.name}</strong> ({escape(best.variant.about)}),
 {plus_minus(best.best.mean, best.best.error)} at {SIGMA} {best.best_sigma_rel:g}.</p>
 {notices}</header>"""
@@ -177,8 +178,8 @@ def _magnitudes(outcomes: Sequence[Outcome]) -> str:
         for o in recorded
     ]
     return f"""<section id="magnitudes"><h2>Magnitudes over training</h2>
-<h3>Activations</h3>{drift_chart(outcomes, "activation", "mean magnitude of activations")}
-<h3>Stored weights</h3>{drift_chart(outcomes, "weight", "mean magnitude of stored weights")}
+<h3>Activations</h3>{activation_chart(outcomes)}
+<h3>Stored weights</h3>{weight_chart(outcomes)}
 {_table(head, rows)}
 <p class="caption">Means over the levels of the network, of the network in training. The start is
 the first step, before any update. Dotted: √(1 + Σα²), what stored weights follow where they are

@@ -13,7 +13,7 @@ import click
 from reference_model.charts import number, plus_minus
 from reference_model.cli_protocol import protocol_options
 from reference_model.cli_support import SigmaRels, errors_as_messages, json_option, quiet_option
-from reference_model.ladder import LADDER
+from reference_model.ladder import HABITS, LADDER
 from reference_model.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Names(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--configs",
     type=Names(),
-    help=f"Configs to compare, of {', '.join(LADDER)}.  [default: all; with --leave-one-out: G]",
+    help=f"Configs to compare, of {', '.join(HABITS)}.  [default: {','.join(LADDER)}; with "
+    "--leave-one-out: G]",
 )
 @click.option(
     "--leave-one-out",

@@ -173,10 +173,10 @@ def test_a_failed_run_is_named_and_the_others_go_on(out: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_ablation_takes_its_workers_along_and_goes_on(out: Path) -> None:
-    plan = replace(PLAN, nimg=3200, seeds=(0,), variants=(Variant("E"),))
+    plan = replace(PLAN, nimg=1600, seeds=(0,), variants=(Variant("E"),))
     arguments = [
         *(sys.executable, "-m", "reference_model", "ablate", "--out", str(out)),
-        *OPTIONS, "--configs", "E", "--seeds", "1", "--total-nimg", "3200", "--jobs", "1",
+        *OPTIONS, "--configs", "E", "--seeds", "1", "--total-nimg", "1600", "--jobs", "1",
     ]  # fmt: skip
     run_dir = out / "E-seed0"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -439,7 +439,10 @@ def test_the_command_says_what_is_wrong(
 
 def test_the_default_is_the_whole_ladder() -> None:
     from reference_model.cli_ablate import _variants
+    from reference_model.cli_ablate import ablate as command
 
+    for given in (["--leave-one-out", "--seeds", "2"], ["--seeds", "2", "--leave-one-out"]):
+        assert command.make_context("ablate", ["--out", "x", *given]).params["left_out"] == ("all",)
     assert [v.name for v in _variants(None, None)] == list(LADDER)
     assert [v.name for v in _variants(None, ("all",))][:2] == ["G", "G-uncertainty"]
     assert [v.name for v in _variants(("F",), ("mp_sum",))] == ["F", "G", "G-mp_sum"]
@@ -455,7 +458,7 @@ def test_the_help_teaches() -> None:
 
 
 def test_the_benchmark_draws_what_was_measured(finished: Path, out: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    plt = pytest.importorskip("matplotlib.pyplot")
     from benchmarks import ladder
 
     results = write_ablation(PLAN, out)
@@ -463,7 +466,7 @@ def test_the_benchmark_draws_what_was_measured(finished: Path, out: Path, tmp_pa
     paths = ladder.draw({"ladder": results, "ingredients": results}, tmp_path / "figures")
     names = ["ladder-curves.png", "ladder-magnitudes.png", "ladder-ingredients.png"]
     assert [path.name for path in paths] == names
-    assert all(path.stat().st_size > 10_000 for path in paths)  # an empty PNG has some 3 kB
+    assert all(plt.imread(path).std() > 0.05 for path in paths)  # an empty page has one colour
 
 
 @pytest.mark.slow
