@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from reference_model import (
+    cli_ablate,
     cli_data,
     cli_evaluate,
     cli_evaluation,
@@ -38,6 +39,7 @@ for _command in (
     cli_evaluate.evaluate,
     cli_evaluate.statistics,
     cli_sweep.sweep,
+    cli_ablate.ablate,
     cli_evaluation.report,
     cli_evaluation.demo,
     cli_train.flops,

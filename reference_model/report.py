@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -122,13 +122,27 @@ def render(run: Run) -> str:
     sections.append(report_sections.facts(run))
     sections.append(report_sections.what_next(run))
 
+    return page(
+        f"{run.run_dir.name} · EMA length", "\n".join(sections), report_sections.footer(run), states
+    )
+
+
+def page(title: str, body: str, footer: str, states: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Put sections into the page that all reports share.
+
+    Args:
+        title: Of the window, as plain text.
+        body: HTML of the sections.
+        footer: HTML below them.
+        states: What the slider of an explorer chooses from.
+    """
     template = resources.files("reference_model").joinpath("report_template.html").read_text()
     parts = {
-        "title": escape(f"{run.run_dir.name} · EMA length"),
-        "body": "\n".join(sections),
-        "footer": report_sections.footer(run),
+        "title": escape(title),
+        "body": body,
+        "footer": footer,
         # "</script>" inside the data would end the script element that holds it.
-        "data": json.dumps(states).replace("</", "<\\/"),
+        "data": json.dumps(list(states)).replace("</", "<\\/"),
     }
     for name, text in parts.items():
         template = template.replace("{{" + name + "}}", text)

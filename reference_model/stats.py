@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from reference_model.checkpoint import STATS_FILE, write_atomically
 
 TENSORBOARD = "tensorboard"
 """Folder of a run for TensorBoard's files."""
+
+LINE_BYTES = 4096
+"""More than a line of statistics has."""
 
 
 class Window:
@@ -117,3 +121,14 @@ def _board(folder: Path, nimg: int) -> Any:
         ) from error
     # TensorBoard hides points from `purge_step` on that earlier files hold.
     return SummaryWriter(str(folder), purge_step=nimg + 1)
+
+
+def last_nimg(path: Path) -> int:
+    """Images seen at the last line of a run's statistics; 0 where there is none yet."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - LINE_BYTES, 0))
+            *_, line = [b"", *file.read().splitlines()]
+        return int(json.loads(line)["nimg"])
+    except (OSError, ValueError, KeyError):
+        return 0  # not there, or a line that is being written
