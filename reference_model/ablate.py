@@ -57,7 +57,7 @@ class Variant:
     def about(self) -> str:
         """What it is, in words."""
         if not self.leave_out:
-            return LADDER.get(self.config, "beside the ladder")
+            return LADDER.get(self.config, "unit scaling, beside the ladder")
         return "without " + "; ".join(INGREDIENTS[name][1] for name in self.leave_out)
 
     def has(self, ingredient: str) -> bool:
