@@ -87,7 +87,7 @@ def report(record: SweepRecord) -> str:
         [
             "raw" if m.sigma_rel is None else f"{m.sigma_rel:g}",
             f"{m.distance:.3f} ± {m.error:.3f}",
-            "–" if m.predicted_error is None else f"{100 * m.predicted_error:.2f} %",
+            "–" if m.predicted_error is None else f"{100 * m.predicted_error:.2g} %",
             "best" if m is record.best else "",
         ]
         for m in [*raw, *record.averages]
