@@ -73,7 +73,8 @@ def unknown_options(words: list[str]) -> list[str]:
     if command is None:
         return words[:1]
     known = {"--help"}.union(*(p.opts + p.secondary_opts for p in command.params))
-    return [word for word in words[1:] if word.startswith("--") and word not in known]
+    options = (word.split("=")[0] for word in words[1:] if word.startswith("--"))
+    return [option for option in options if option not in known]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
