@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from posthoc_ema.errors import StructureError
-from posthoc_ema.tensorfile import SUFFIX, read_header, sync_directory
+from posthoc_ema.tensorfile import SUFFIX, read_header, sync_directory, write_atomically
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _WEIGHTS = (*TORCH_SUFFIXES, SUFFIX, ".index.json", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
@@ -29,16 +28,7 @@ def save_torch(state: Mapping[str, Any], path: Path) -> None:
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    write_atomically(path, lambda file: torch.save(dict(state), file))
 
 
 class ModelFolder:
