@@ -105,6 +105,23 @@ class MPResidual(nn.Module):
         return self.conv1(self.dropout(y))
 
 
+def dot_product_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Softmax attention over all pixels, with logits that nothing bounds.
+
+    Args:
+        qkv: `[B, 3C, H, W]`; slowest first: head, channel of the head, query/key/value.
+        heads: Number of heads.
+
+    Returns:
+        `[B, heads, HW, C / heads]`, of the type of `qkv`; computed in float32 at least.
+    """
+    q, k, v = qkv.flatten(2).unflatten(1, (heads, -1, 3)).permute(3, 0, 1, 4, 2)
+    if qkv.element_size() < 4:
+        q, k, v = q.float(), k.float(), v.float()
+    y = F.scaled_dot_product_attention(q, k, v)  # logits divided by √(C / heads)
+    return y.to(qkv.dtype)
+
+
 class MPAttention(nn.Module):
     """Cosine self-attention over all pixels, added to its input.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference_model.blocks import clip, main_path_conv
+from reference_model.blocks import clip, dot_product_attention, main_path_conv
 from reference_model.dropout import ImageDropout
 
 if TYPE_CHECKING:
@@ -79,13 +79,8 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, H, W]` to the same shape."""
-        # Stored is, slowest first: head, channel of the head, query/key/value.
-        y = self.qkv(self.norm(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
-        q, k, v = y.permute(3, 0, 1, 4, 2)  # (B, heads, HW, C / heads)
-        if x.element_size() < 4:  # nothing bounds the logits
-            q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q, k, v)  # logits divided by √(C / heads)
-        return x + self.proj(y.to(x.dtype).transpose(2, 3).reshape(x.shape))
+        y = dot_product_attention(self.qkv(self.norm(x)), self.heads)
+        return x + self.proj(y.transpose(2, 3).reshape(x.shape))
 
 
 class GroupNormBlock(nn.Module):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference_model.blocks import MPEmbedding, clip, main_path_conv
+from reference_model.blocks import MPEmbedding, clip, dot_product_attention, main_path_conv
 from reference_model.dropout import ImageDropout
 from reference_model.unit_scaling import scaled
 
@@ -125,13 +125,7 @@ class UnitAttention(nn.Module):
         forward = mean_scale(pixels / math.e, COMMON_TO_ALL)
         backward = max(math.sqrt(pixels / math.e), 1.0)
         y = self.qkv(scaled(x, backward=self.share * forward / backward))
-        # Stored is, slowest first: head, channel of the head, query/key/value.
-        y = y.flatten(2).unflatten(1, (self.heads, -1, 3))
-        q, k, v = y.permute(3, 0, 1, 4, 2)  # (B, heads, HW, C / heads)
-        if x.element_size() < 4:  # nothing bounds the logits
-            q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q, k, v)  # logits divided by √(C / heads)
-        y = scaled(y.to(x.dtype), forward=forward, backward=backward)
+        y = scaled(dot_product_attention(y, self.heads), forward=forward, backward=backward)
         y = self.proj(y.transpose(2, 3).reshape(x.shape))
         return x * self.main_share + scaled(y, forward=self.share)
 
