@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class Weights:
 
 
 def load_networks(wanted: Sequence[Weights], *, progress: bool = False) -> list[Denoiser]:
-    """Load networks; averages of one run at one time take one pass over its snapshots.
+    """Load networks; averages of one run and time take as few passes as `Averages` needs.
 
     Args:
         wanted: Which weights.
@@ -76,15 +76,13 @@ def load_networks(wanted: Sequence[Weights], *, progress: bool = False) -> list[
         RunDirError: If there is no run, or no checkpoint to take raw weights from.
         posthoc_ema.SnapshotError: If snapshots are missing or damaged.
     """
-    averages = [w for w in dict.fromkeys(wanted) if w.sigma_rel is not None]
-    states: dict[Weights, Mapping[str, Any]] = {}
-    for run_dir, t in dict.fromkeys((w.run_dir, w.t) for w in averages):
-        group = [w for w in averages if (w.run_dir, w.t) == (run_dir, t)]
-        lengths = [w.sigma_rel for w in group if w.sigma_rel is not None]
-        made = reconstruct(run_dir / SNAPSHOTS, lengths, t=t, framework="torch", progress=progress)
-        states |= {w: m.state_dict() for w, m in zip(group, made, strict=True)}
-    # None stands for the raw weights, as `load_network` takes them.
-    return [load_network(w.run_dir, states.get(w)) for w in wanted]
+    averages = Averages([w for w in wanted if w.sigma_rel is not None], progress=progress)
+    networks = []
+    for w in wanted:
+        made = averages.get(w) if w.sigma_rel is not None else []
+        # None stands for the raw weights, as `load_network` takes them.
+        networks.append(load_network(w.run_dir, made[0].state_dict() if made else None))
+    return networks
 
 
 def check_guide(weights: Weights, config: TrainConfig) -> None:
