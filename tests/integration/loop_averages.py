@@ -45,3 +45,10 @@ def assert_average(actual: Mapping[str, Any], history: Any, sigma_rel: float) ->
 def snapshot_of(module: Any) -> dict[str, Any]:
     """Parameters of a PyTorch module as copies, by name."""
     return {name: p.detach().clone().numpy() for name, p in module.named_parameters()}
+
+
+def same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two sets of tensors have equal names and equal values."""
+    return set(first) == set(second) and all(
+        np.array_equal(first[name], second[name]) for name in first
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loop_averages import assert_average, snapshot_of
+from loop_averages import assert_average, same, snapshot_of
 from page_sections import assert_averaging_helped, run_example, run_section
 
 from posthoc_ema import EMA, SnapshotStore, StateError, StructureError, reconstruct
@@ -65,12 +65,6 @@ def step_weights(model: Any, seed: int) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def same(first: Any, second: Any) -> bool:
-    return set(first) == set(second) and all(
-        np.array_equal(first[name], second[name]) for name in first
-    )
 
 
 def train(unet: Any, ema: Any, accelerator: Any, batches: int, first: int = 0) -> dict[float, Any]:

@@ -10,11 +10,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from loop_averages import assert_average, snapshot_of
+from loop_averages import assert_average, same, snapshot_of
 from page_sections import assert_averaging_helped, run_example, run_section
 
 from posthoc_ema import SnapshotStore, StateError, reconstruct
@@ -40,10 +39,6 @@ def ema_callback(runs: ModuleType) -> Any:
     from posthoc_ema.integrations.lightning import EMACallback
 
     return EMACallback
-
-
-def same(first: Any, second: Any) -> bool:
-    return all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

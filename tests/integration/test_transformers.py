@@ -8,10 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from loop_averages import assert_average, snapshot_of
+from loop_averages import assert_average, same, snapshot_of
 from page_sections import assert_averaging_helped, run_example, run_section
 from safetensors.torch import load_file
 
@@ -38,10 +37,6 @@ def ema_callback(runs: ModuleType) -> Any:
     from posthoc_ema.integrations.transformers import EMACallback
 
     return EMACallback
-
-
-def same(first: Any, second: Any) -> bool:
-    return all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
