@@ -11,7 +11,7 @@ from typing import Any
 
 from reference_model.ablate_pool import Failure, Job, run_jobs
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config
-from reference_model.configs import TrainConfig
+from reference_model.configs import TrainConfig, check_lengths
 from reference_model.ladder import (
     HABITS,
     INGREDIENTS,
@@ -99,9 +99,7 @@ class AblationPlan:
         for what, values in (("variants", self.variants), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{what} must name at least one, each once (got {values})")
-        for length in self.lengths:
-            if not 0 < length <= 12**-0.5:
-                raise ValueError(f"EMA lengths must lie in (0, {12**-0.5:.4f}] (got {length})")
+        check_lengths(self.lengths)
         if self.total_nimg == 0:
             raise ValueError(
                 f"{self.nimg or preset(self.preset).total_nimg:,} images are less than one step of "
