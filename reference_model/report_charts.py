@@ -54,6 +54,7 @@ def quality_chart(record: SweepRecord) -> str:
     real = record.real if record.real and min(record.real) > best.distance / FAR else ()
     levels = [*real, *(raw.distances if raw else ())]
     y_scale = nice_range([*levels, *(d for m in averages for d in m.distances)], log=True)
+    marks = [(m.sigma_rel or 0.0, min(m.distances), max(m.distances)) for m in averages]
 
     def draw(width: int, height: int) -> str:
         wide = width > 500
@@ -76,12 +77,12 @@ def quality_chart(record: SweepRecord) -> str:
                 if math.isfinite(error):
                     chart.band(max(mean - error, mean * 0.5), mean + error, style)
                 chart.level(mean, f"{style} dashed")
-                y = chart.at_y(mean)
+                y, note = chart.at_y(mean), f"note {style}"
                 if wide:
-                    chart.text(chart.right + 8, y - 2, name, f"note {style}")
-                    chart.text(chart.right + 8, y + 14, number(mean), f"note {style}")
+                    chart.text(chart.right + 8, y - 2, name, note)
+                    chart.text(chart.right + 8, y + 14, number(mean), note)
                 else:
-                    chart.text(chart.left + 6, y - 6, f"{name} {number(mean)}", f"note {style}")
+                    chart.name_level(mean, f"{name} {number(mean)}", note, marks)
 
         xs = [m.sigma_rel or 0.0 for m in averages]
         for repeat in range(len(best.distances)):

@@ -80,7 +80,9 @@ def measure_chart(record: SweepRecord, measure: str) -> str:
     chart.axes("EMA length σ_rel", measure, x_ticks=length_ticks(chart))
     if math.isfinite(raw):
         chart.level(raw, "raw dashed")
-        chart.text(chart.left + 6, chart.at_y(raw) - 6, "raw weights", "note raw")
+        bars = [(x, e if math.isfinite(e) else 0.0, y) for x, y, e in points]
+        marks = [(x, y - error, y + error) for x, error, y in bars]
+        chart.name_level(raw, "raw weights", "note raw", marks)
     chart.line([x for x, _, _ in points], [y for _, y, _ in points], "ema")
     for x, y, error in points:
         if math.isfinite(error):
