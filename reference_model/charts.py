@@ -298,7 +298,9 @@ class Chart:
         def hidden(place: tuple[float, float]) -> int:
             left, baseline = place
             return sum(
-                left - 4 <= x <= left + width + 4 and top <= baseline + 4 and bottom >= baseline - 13
+                left - 4 <= x <= left + width + 4
+                and top <= baseline + 4
+                and bottom >= baseline - 13
                 for x, top, bottom in at
             )
 

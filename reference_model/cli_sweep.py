@@ -191,7 +191,8 @@ def sweep(
 
         by = measure or ("loss" if asked["sensitivity"] else "distance")
         by = LOSS if by == "loss" else DISTANCE
-        run = Sweep(run_dir, chosen_protocol(run_dir, options), progress=not quiet)
+        protocol = chosen_protocol(run_dir, options)
+        run = Sweep(run_dir, protocol, progress=not quiet, images=by == DISTANCE)
         if find_best:
             points = _search(run, bounds, budget, asked)
         else:
@@ -333,7 +334,7 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
         "guide": lambda m: describe_guide(m.point.guide, m.point.t) if m.point.guide else "",
         "changed": lambda m: ", ".join(f"{name} at {s:g}" for name, s in m.point.changed),
         by: lambda m: f"{m.mean(by)[0]:.4f}",
-        "std error": lambda m: f"{m.mean(by)[1]:.4f}",
+        "std error": lambda m: _or_dash(m.mean(by)[1]),
         "change": lambda m: _change(m, base, by),
         "as intended": lambda m: f"{100 * m.mean(AGREEMENT)[0]:.1f} %",
     }
@@ -353,6 +354,11 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
         yield "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + mark
 
 
+def _or_dash(error: float) -> str:
+    """An error, or that there is none: a single repeat has no spread."""
+    return f"{error:.4f}" if error == error else "-"
+
+
 def _change(m: Measurement, base: Measurement | None, by: str) -> str:
     """Paired difference from the base, where there is one."""
     from reference_model.sweep_record import paired_difference
@@ -360,7 +366,7 @@ def _change(m: Measurement, base: Measurement | None, by: str) -> str:
     if base is None or not m.point.changed:
         return ""
     change, error = paired_difference(m, base, by)
-    return f"{change:+.4f} ± {error:.4f}"
+    return f"{change:+.4f}" + (f" ± {error:.4f}" if error == error else "")
 
 
 def _number(value: float) -> float | None:

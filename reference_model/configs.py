@@ -120,7 +120,9 @@ class NetworkConfig:
         )
         _at_least(0, self, "label_dim")
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult must name levels of 1 or more (got {self.channel_mult})")
+            raise ValueError(
+                f"channel_mult must name levels of 1 or more (got {self.channel_mult})"
+            )
         for name in ("sigma_data", "clip_act"):
             value = getattr(self, name)
             if value is not None and not value > 0:

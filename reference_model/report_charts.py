@@ -98,13 +98,13 @@ def quality_chart(record: SweepRecord) -> str:
             hint = f"σ_rel {x:g}: distance {plus_minus(m.distance, m.error)}"
             chart.link(x, m.distance, state_link(m), hint, "best" if m is best else "ema")
         x, y = chart.at_x(best.sigma_rel or 0.0), chart.at_y(min(best.distances))
-        chart.text(x, y + 26, f"best: {best.sigma_rel:g}", "note ema strong", anchor="middle")
+        chart.text(x, y + 26, f"best: {best.sigma_rel:.4g}", "note ema strong", anchor="middle")
         first, last = equal[0].sigma_rel or 0.0, equal[-1].sigma_rel or 0.0
         place = f"M{chart.at_x(first):g} {chart.bottom}H{chart.at_x(last):g}"
         chart.add(f'<path class="equal" d="{place}"/>')
         return chart.svg(
             f"Fréchet distance against EMA length: lowest, {number(best.distance)}, at "
-            f"{best.sigma_rel:g}" + (f"; raw weights {number(raw.distance)}" if raw else "")
+            f"{best.sigma_rel:.4g}" + (f"; raw weights {number(raw.distance)}" if raw else "")
         )
 
     return responsive(draw, wide=(960, 420), narrow=(380, 330))
