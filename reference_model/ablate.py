@@ -21,14 +21,12 @@ from reference_model.ladder import (
     with_config,
 )
 from reference_model.presets import preset
-from reference_model.protocol import Protocol
+from reference_model.protocol import LENGTHS, Protocol
 from reference_model.stats import last_nimg
 from reference_model.sweep_record import DISTANCE, SWEEP_FILE, load_record
 
 JUDGE = "judge"
 """Folder of an ablation with the classifier and the features of real images that all runs share."""
-
-LENGTHS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25)
 
 
 @dataclass(frozen=True)
@@ -287,6 +285,8 @@ class Progress:
 
     def __init__(self, plan: AblationPlan, runs: Sequence[AblationRun]) -> None:
         self._plan, self._runs = plan, runs
+        # Asked for every second, for every run: worked out once.
+        self._trained, self._generated = plan.total_nimg, generated(plan)
         # Records hold all coefficients: they are read only when they have changed.
         self._measured: dict[Path, tuple[int, int]] = {}
 
@@ -305,8 +305,8 @@ class Progress:
                 known = changed, 0  # its worker says what is wrong
             self._measured[path] = known
         measured = known[1]
-        trained = self._plan.total_nimg if measured else last_nimg(run.run_dir / STATS_FILE)
-        return trained + measured * generated(self._plan)
+        trained = self._trained if measured else last_nimg(run.run_dir / STATS_FILE)
+        return trained + measured * self._generated
 
 
 def generated(plan: AblationPlan) -> int:

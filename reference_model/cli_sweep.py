@@ -21,6 +21,7 @@ from reference_model.cli_support import (
     set_threads,
     threads_option,
 )
+from reference_model.protocol import LENGTHS
 
 if TYPE_CHECKING:
     from reference_model.points import Point
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from reference_model.sweep_grids import Guides
     from reference_model.sweep_record import Measurement, SweepRecord
 
-DEFAULT_LENGTHS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25)
 SUFFIXES = {"ki": 2**10, "mi": 2**20, "k": 10**3, "m": 10**6}
 
 
@@ -78,7 +78,7 @@ class Strengths(click.ParamType):  # type: ignore[type-arg]
     "sigma_rels",
     type=SigmaRels(),
     help="EMA lengths; three dots continue a progression, as in 0.01,0.02,...,0.25.  "
-    f"[default: {','.join(f'{s:g}' for s in DEFAULT_LENGTHS)}; with --sensitivity: the best]",
+    f"[default: {','.join(f'{s:g}' for s in LENGTHS)}; with --sensitivity: the best]",
 )
 @click.option("--find-best", is_flag=True, help="Search the best length, with few measurements.")
 @click.option(
@@ -254,7 +254,7 @@ def _points(
         return sensitivity_grid(
             run, base, asked["others"] or (), by=asked["by"], patterns=asked["layers"]
         )
-    lengths, times = sigma_rels or DEFAULT_LENGTHS, _times(run, asked)
+    lengths, times = sigma_rels or LENGTHS, _times(run, asked)
     if asked["strengths"]:
         return guided_grid(run, lengths, times, _guides(asked))
     return [run.raw, *grid(lengths, times)]
