@@ -68,7 +68,7 @@ def losses(record: SweepRecord) -> str:
 <p>The lowest, {plus_minus(*best.mean(LOSS))}, is that of {SIGMA} {best.sigma_rel:.4g}. It is the
 denoising error on held-out images: no image was generated, and the length with the best images may
 be another.</p>
-{measure_chart(averages, record.find(Point(None, end)), LOSS)}</section>"""
+<div class="pair">{measure_chart(averages, record.find(Point(None, end)), LOSS)}</div></section>"""
 
 
 def times(record: SweepRecord) -> str:

@@ -188,13 +188,13 @@ def facts(run: Run) -> str:
     if record is not None:
         machine = record.machine
         rows["Machine"] = (
-            f"{machine.get('processor')}, {machine.get('threads')} threads, "
-            f"{machine.get('platform')}"
+            f"{machine.get('processor')}, {machine.get('platform')}; CPU threads: "
+            f"{machine.get('threads')}"
         )
         names = ("posthoc-ema", "torch", "numpy", "python")
         rows["Versions"] = ", ".join(f"{n} {machine[n]}" for n in names if n in machine)
     body = "".join(
-        f'<tr><th scope="row">{name}</th><td>{escape(value)}</td></tr>'
+        f'<tr><th scope="row">{name}</th><td>{escape(value).replace("σ_rel", SIGMA)}</td></tr>'
         for name, value in rows.items()
     )
     return (
