@@ -152,6 +152,8 @@ class Sweep:
             self._check(point)
             if by == LOSS and point.guide is not None:
                 raise ValueError("guidance changes samples, not the loss; measure the distance")
+        if missing and by == LOSS:
+            _ = self._loss  # refuses what cannot be measured, before averages are made
         upcoming = [w for p in missing for w in self.needs(p)]
         averages = Averages(upcoming, self.max_bytes, progress=self.progress)
         with self.bar(len(missing)) as bar:

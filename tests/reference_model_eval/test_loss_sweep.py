@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,18 @@ def test_latents_without_classes_or_autoencoder(tmp_path: Path) -> None:
     page = (run_dir / "report.html").read_text()
     assert 'id="loss"' in page
     assert "no image was generated" in page
+
+
+def test_a_run_that_trained_on_all_images_is_refused_before_averages_are_made(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_dir / "sweep.json").unlink()
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps({**config, "held_out": 0}))
+    monkeypatch.setattr("reference_model.averages.reconstruct", lambda *args, **options: 1 / 0)
+    run = Sweep(run_dir, QUICK.protocol, progress=False, images=False)
+    with pytest.raises(ValueError, match="there are no held-out images to measure a loss on"):
+        run.measure(grid([0.1], [800]), by=LOSS)
 
 
 def test_images_and_losses_share_a_record(run_dir: Path) -> None:
