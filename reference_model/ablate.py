@@ -11,7 +11,7 @@ from typing import Any
 
 from reference_model.ablate_pool import Failure, Job, run_jobs
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config
-from reference_model.configs import TrainConfig
+from reference_model.configs import TrainConfig, check_lengths
 from reference_model.ladder import (
     HABITS,
     INGREDIENTS,
@@ -21,14 +21,12 @@ from reference_model.ladder import (
     with_config,
 )
 from reference_model.presets import preset
-from reference_model.protocol import Protocol
+from reference_model.protocol import LENGTHS, Protocol
 from reference_model.stats import last_nimg
 from reference_model.sweep_record import DISTANCE, SWEEP_FILE, load_record
 
 JUDGE = "judge"
 """Folder of an ablation with the classifier and the features of real images that all runs share."""
-
-LENGTHS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25)
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,7 @@ class AblationPlan:
         for what, values in (("variants", self.variants), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{what} must name at least one, each once (got {values})")
-        for length in self.lengths:
-            if not 0 < length <= 12**-0.5:
-                raise ValueError(f"EMA lengths must lie in (0, {12**-0.5:.4f}] (got {length})")
+        check_lengths(self.lengths)
         if self.total_nimg == 0:
             raise ValueError(
                 f"{self.nimg or preset(self.preset).total_nimg:,} images are less than one step of "
@@ -289,6 +285,8 @@ class Progress:
 
     def __init__(self, plan: AblationPlan, runs: Sequence[AblationRun]) -> None:
         self._plan, self._runs = plan, runs
+        # Asked for every second, for every run: worked out once.
+        self._trained, self._generated = plan.total_nimg, generated(plan)
         # Records hold all coefficients: they are read only when they have changed.
         self._measured: dict[Path, tuple[int, int]] = {}
 
@@ -307,8 +305,8 @@ class Progress:
                 known = changed, 0  # its worker says what is wrong
             self._measured[path] = known
         measured = known[1]
-        trained = self._plan.total_nimg if measured else last_nimg(run.run_dir / STATS_FILE)
-        return trained + measured * generated(self._plan)
+        trained = self._trained if measured else last_nimg(run.run_dir / STATS_FILE)
+        return trained + measured * self._generated
 
 
 def generated(plan: AblationPlan) -> int:

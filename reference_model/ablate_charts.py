@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from reference_model.ablate_results import Outcome
-from reference_model.charts import Chart, Scale, nice_range, number, plus_minus, responsive
+from reference_model.charts import (
+    LETTER_WIDTH,
+    Chart,
+    Scale,
+    nice_range,
+    number,
+    plus_minus,
+    responsive,
+)
 
 COLOURS = 8
 LABEL_HEIGHT = 15.0
@@ -36,15 +44,23 @@ def style(place: int) -> str:
 
 
 def quality_chart(outcomes: Sequence[Outcome], fixed_sigma_rel: float) -> str:
-    """Distance against EMA length, with error bars; each variant's best is a larger dot."""
+    """Distance against EMA length; a dot with an error bar is the best of a variant.
+
+    Error bars of all lengths would hide each other where there are many variants.
+    """
     curves = [[score.mean for score in o.curve] for o in outcomes]
-    y_scale = nice_range([v for curve in curves for v in curve], log=True)
+    bars = [(max(o.best.mean - o.best.error, o.best.mean / 2), o.best.mean + o.best.error)
+            for o in outcomes]  # fmt: skip
+    y_scale = nice_range([v for values in (*curves, *bars) for v in values], log=True)
+    names = [o.name for o in outcomes]
     x_scale = nice_range([s for o in outcomes for s in o.lengths], log=True, margin=0.04)
 
     def draw(width: int, height: int) -> str:
-        chart = _chart(x_scale, y_scale, width, height)
+        chart = _chart(x_scale, y_scale, width, height, names)
         chart.axes(
-            "EMA length σ_rel (fraction of training, logarithmic)",
+            "EMA length σ_rel (fraction of training, logarithmic)"
+            if width > 500
+            else "EMA length σ_rel",
             "Fréchet distance to held-out images · lower is better",
         )
         x = chart.at_x(fixed_sigma_rel)
@@ -54,10 +70,8 @@ def quality_chart(outcomes: Sequence[Outcome], fixed_sigma_rel: float) -> str:
         for place, o in enumerate(outcomes):
             colour = style(place)
             chart.line(o.lengths, curves[place], colour)
-            for length, score in zip(o.lengths, o.curve, strict=True):
-                if math.isfinite(score.error):
-                    low, high = score.mean - score.error, score.mean + score.error
-                    chart.whisker(length, low, high, f"{colour.split()[0]} thin")
+            if math.isfinite(o.best.error):
+                chart.whisker(o.best_sigma_rel, *bars[place], f"{colour.split()[0]} thin")
             chart.dot(o.best_sigma_rel, o.best.mean, colour, radius=5)
         ends = [Series(o.name, o.lengths, c, style(i))
                 for i, (o, c) in enumerate(zip(outcomes, curves, strict=True))]  # fmt: skip
@@ -68,7 +82,7 @@ def quality_chart(outcomes: Sequence[Outcome], fixed_sigma_rel: float) -> str:
         )
         return chart.svg(f"Fréchet distance against EMA length. Best of each: {told}")
 
-    return responsive(draw, wide=(960, 460), narrow=(380, 360))
+    return responsive(draw, wide=(960, _height(460, names)), narrow=(380, _height(360, names)))
 
 
 def activation_chart(outcomes: Sequence[Outcome]) -> str:
@@ -95,9 +109,10 @@ def _drift_chart(lines: Sequence[Series], label: str, laws: Sequence[Series] = (
     """Lines against images seen, named at their ends."""
     y_scale = nice_range([y for s in (*lines, *laws) for y in s.ys], log=True)
     end = max(x for s in lines for x in s.xs)
+    names = [s.name for s in lines]
 
     def draw(width: int, height: int) -> str:
-        chart = _chart(Scale(0, end), y_scale, width, height)
+        chart = _chart(Scale(0, end), y_scale, width, height, names)
         chart.axes("training images seen", label)
         for series in lines:
             chart.line(series.xs, series.ys, f"{series.style} thin")
@@ -107,11 +122,18 @@ def _drift_chart(lines: Sequence[Series], label: str, laws: Sequence[Series] = (
         last = "; ".join(f"{s.name} {number(s.ys[-1])}" for s in lines)
         return chart.svg(f"{label} against images seen. At the end: {last}")
 
-    return responsive(draw, wide=(960, 320), narrow=(380, 270))
+    return responsive(draw, wide=(960, _height(320, names)), narrow=(380, _height(270, names)))
 
 
-def _chart(x: Scale, y: Scale, width: int, height: int) -> Chart:
-    return Chart(x, y, width=width, height=height, right=150 if width > 500 else 84)
+def _chart(x: Scale, y: Scale, width: int, height: int, names: Sequence[str]) -> Chart:
+    """Axes with room for names at the ends of lines."""
+    right = round(16 + LETTER_WIDTH * max(map(len, names)))
+    return Chart(x, y, width=width, height=height, right=right)
+
+
+def _height(least: int, names: Sequence[str]) -> int:
+    """Height of a chart that has room for all names, one below the other."""
+    return max(least, round(90 + LABEL_HEIGHT * len(names)))
 
 
 def _labels(chart: Chart, lines: Sequence[Series]) -> None:

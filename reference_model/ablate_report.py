@@ -137,7 +137,7 @@ def _quality(plan: AblationPlan, outcomes: Sequence[Outcome]) -> str:
     return f"""<section id="quality"><h2>Quality, and what the wrong EMA length costs</h2>
 {quality_chart(outcomes, fixed)}
 <p class="caption">Dots mark the best length of each variant, the dotted line {SIGMA} {fixed:g}.
-Error bars are {error_bars(outcomes)}.</p>
+Error bars, here of the best alone, are {error_bars(outcomes)}.</p>
 {_table(head, rows)}{edge}{differ}
 <p class="caption">Comparing variants at one fixed length confounds what a change does to the
 network with what it does to the best length; the paper compares each at its own best.</p>
@@ -154,7 +154,7 @@ def _row(o: Outcome, fixed: float) -> tuple[str, ...]:
         plus_minus(o.best.mean, o.best.error),
         f"{low:g}" if low == high else f"{low:g} to {high:g}",
         plus_minus(o.at(fixed).mean, o.at(fixed).error),
-        f"{number(o.cost(fixed))} ×",
+        f"{number(o.cost(fixed))}\u00a0×",
         f"{number(o.cost(o.worst_sigma_rel))} × at {o.worst_sigma_rel:g}",
         number(raw),
     )
@@ -218,5 +218,11 @@ def _facts(plan: AblationPlan) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{_together(cell)}</td>' for cell in row)}</tr>"
+                   for row in rows)  # fmt: skip
     return f'<div class="scroll"><table class="num"><tr>{top}</tr>{body}</table></div>'
+
+
+def _together(cell: str) -> str:
+    """Keep numbers together with what belongs to them, on one line."""
+    return cell.replace(" ± ", "\u00a0±\u00a0").replace(" × at ", "\u00a0× at\u00a0")

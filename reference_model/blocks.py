@@ -1,7 +1,7 @@
 """Building blocks of configs F and G: embedding, attention, encoder and decoder blocks, output.
 
-The two differ in constants and gains that the rung names (`rungs.Rung`): plain sums have both
-weights one, a plain SiLU has the magnitude one.
+And what blocks of all configs share. F and G differ in constants and gains that the rung names
+(`rungs.Rung`): plain sums have both weights one, a plain SiLU has the magnitude one.
 
 Submodules are created in the order in which the checkpoint layout lists their parameters
 (embedding gain, conv0, embedding linear, conv1, skip, qkv, projection), which is also the
@@ -159,51 +159,8 @@ class MPAttention(nn.Module):
         return weight.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2)
 
 
-class MPEncoderBlock(nn.Module):
-    """Encoder block: resample, change width, normalise pixels, then residual and attention.
-
-    The pixel norm on the main path is what stops magnitudes from drifting from block to
-    block: mean-pooling alone halves them.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the result.
-        config: Sizes, and constants of its own.
-        rung: Layers and constants.
-        attention: Whether self-attention follows the residual branch.
-        down: Whether the block first halves the resolution by 2×2 means.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        config: NetworkConfig,
-        rung: Rung,
-        *,
-        attention: bool,
-        down: bool = False,
-    ) -> None:
-        super().__init__()
-        self.share, _ = rung.sum_weights(config.res_balance)
-        self.clip_act = config.clip_act
-        self.down = down
-        self.residual = MPResidual(out_channels, out_channels, config, rung)
-        self.skip = main_path_conv(in_channels, out_channels, rung)
-        self.pixel_norm = rung.pixel_norm
-        self.attention = rung.attention(out_channels, config, rung) if attention else nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or H/2, W or W/2]`."""
-        if self.down:
-            x = F.avg_pool2d(x, 2)
-        x = self.pixel_norm(self.skip(x))
-        x = self.residual(x, emb).add_(x, alpha=self.share)
-        return clip(self.attention(x), self.clip_act)
-
-
-class MPDecoderBlock(nn.Module):
-    """Decoder block: resample, then residual and attention, with no pixel norm.
+class Block(nn.Module):
+    """What the blocks of all configs are made of: residual branch and main path, then attention.
 
     Args:
         in_channels: Channels from the block before.
@@ -211,6 +168,7 @@ class MPDecoderBlock(nn.Module):
         config: Sizes, and constants of its own.
         rung: Layers and constants.
         attention: Whether self-attention follows the residual branch.
+        down: Whether the block first halves the resolution by 2×2 means.
         up: Whether the block first doubles the resolution by repeating pixels.
         skip_channels: Channels of the encoder output that the network concatenates to the
             input of this block; 0 for none.
@@ -224,18 +182,52 @@ class MPDecoderBlock(nn.Module):
         rung: Rung,
         *,
         attention: bool,
+        down: bool = False,
         up: bool = False,
         skip_channels: int = 0,
     ) -> None:
         super().__init__()
         self.share, _ = rung.sum_weights(config.res_balance)
+        self.pixel_norm = rung.pixel_norm  # of encoder blocks of F and G
         self.clip_act = config.clip_act
-        self.up = up
+        self.down, self.up = down, up
         self.skip_channels = skip_channels
         total = in_channels + skip_channels
-        self.residual = MPResidual(total, out_channels, config, rung, up=up)
+        self.residual = self.make_residual(total, out_channels, config, rung)
         self.skip = main_path_conv(total, out_channels, rung)
         self.attention = rung.attention(out_channels, config, rung) if attention else nn.Identity()
+
+    def make_residual(
+        self, in_channels: int, out_channels: int, config: NetworkConfig, rung: Rung
+    ) -> nn.Module:
+        """Make the residual branch of a block that reads so many channels."""
+        return rung.residual(in_channels, out_channels, config, rung, up=self.up)
+
+
+class MPEncoderBlock(Block):
+    """Encoder block: resample, change width, normalise pixels, then residual and attention.
+
+    The pixel norm on the main path is what stops magnitudes from drifting from block to
+    block: mean-pooling alone halves them.
+    """
+
+    def make_residual(
+        self, in_channels: int, out_channels: int, config: NetworkConfig, rung: Rung
+    ) -> nn.Module:
+        """Make the residual branch, which comes after the change of width."""
+        return super().make_residual(out_channels, out_channels, config, rung)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or H/2, W or W/2]`."""
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        x = self.pixel_norm(self.skip(x))
+        x = self.residual(x, emb).add_(x, alpha=self.share)
+        return clip(self.attention(x), self.clip_act)
+
+
+class MPDecoderBlock(Block):
+    """Decoder block: resample, then residual and attention, with no pixel norm."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in + skip, H, W]` and `[B, emb]` to `[B, out, H or 2H, W or 2W]`."""

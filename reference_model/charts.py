@@ -10,6 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
+
+LETTER_WIDTH = 7.5
+"""At least as wide as an average letter of a label, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +269,43 @@ class Chart:
     def level(self, y: float, style: str) -> None:
         """A horizontal line across the axes."""
         self._line(self.left, self.at_y(y), self.right, self.at_y(y), f"line {style}")
+
+    def name_level(
+        self, y: float, text: str, style: str, marks: Sequence[tuple[float, float, float]]
+    ) -> None:
+        """Write the name of a horizontal line beside it, where marks leave most room.
+
+        Args:
+            y: Where the line is.
+            text: Its name.
+            style: Classes of the text.
+            marks: What is joined to a curve: x, and from where to where it reaches in y.
+        """
+        at = [(self.at_x(x), self.at_y(high), self.at_y(low)) for x, low, high in marks]
+        steps = [k / 4 for k in range(4)]
+        at += [
+            (a[0] + k * (b[0] - a[0]), a[1] + k * (b[1] - a[1]), a[2] + k * (b[2] - a[2]))
+            for a, b in pairwise(at)
+            for k in steps
+        ]
+        width, level = LETTER_WIDTH * len(text), self.at_y(y)
+        places = [
+            (left, baseline)
+            for baseline in (level - 6, level + 15)
+            for left in (self.left + 6, self.right - 6 - width)
+        ]
+
+        def hidden(place: tuple[float, float]) -> int:
+            left, baseline = place
+            return sum(
+                left - 4 <= x <= left + width + 4
+                and top <= baseline + 4
+                and bottom >= baseline - 13
+                for x, top, bottom in at
+            )
+
+        left, baseline = min(places, key=hidden)
+        self.text(left, baseline, text, style)
 
     def whisker(self, x: float, low: float, high: float, style: str) -> None:
         """A vertical error bar with caps."""

@@ -15,6 +15,7 @@ from reference_model.cli_protocol import protocol_options
 from reference_model.cli_support import SigmaRels, errors_as_messages, json_option, quiet_option
 from reference_model.ladder import HABITS, LADDER
 from reference_model.presets import PRESETS
+from reference_model.protocol import LENGTHS, Protocol
 
 if TYPE_CHECKING:
     from reference_model.ablate import Variant
@@ -87,7 +88,7 @@ class Names(click.ParamType):  # type: ignore[type-arg]
     "sigma_rels",
     type=SigmaRels(),
     help="EMA lengths to measure; each variant's best is one of them.  "
-    "[default: ten from 0.01 to 0.25]",
+    f"[default: {','.join(f'{s:g}' for s in LENGTHS)}]",
 )
 @click.option(
     "--fixed-sigma-rel",
@@ -137,11 +138,10 @@ def ablate(
     fails is named with its log, and the others go on; the exit status is then 1.
     """  # noqa: D301 (click takes \\b for the character)
     with errors_as_messages():
-        from reference_model.ablate import LENGTHS, AblationPlan
+        from reference_model.ablate import AblationPlan
         from reference_model.ablate import ablate as run_ablation
         from reference_model.ablate_pool import StoppedError
         from reference_model.ablate_report import REPORT_FILE, write_ablation
-        from reference_model.protocol import Protocol
 
         plan = AblationPlan(
             preset_name,

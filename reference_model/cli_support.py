@@ -17,8 +17,34 @@ run_dir_option = click.option(
     help="Directory of the run.",
 )
 
+
+class Device(click.ParamType):  # type: ignore[type-arg]
+    """A device that torch can compute on here."""
+
+    name = "DEVICE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name as it is, or fail saying why it cannot be used."""
+        if value == "cpu":
+            return value
+        import torch
+
+        try:
+            kind = torch.device(value).type
+            found = kind == "cpu" or torch.get_device_module(kind).is_available()
+        except RuntimeError:
+            self.fail(f"{value!r} is no device; give cpu, cuda, cuda:1, ...", param, ctx)
+        if not found:
+            self.fail(f"PyTorch finds no {kind} device here; --device cpu works", param, ctx)
+        return value
+
+
 device_option = click.option(
-    "--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..."
+    "--device",
+    type=Device(),
+    default="cpu",
+    show_default=True,
+    help="Where to compute: cpu, cuda, cuda:1, ...",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")

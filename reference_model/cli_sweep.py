@@ -21,6 +21,7 @@ from reference_model.cli_support import (
     set_threads,
     threads_option,
 )
+from reference_model.protocol import LENGTHS
 
 if TYPE_CHECKING:
     from reference_model.points import Point
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from reference_model.sweep_grids import Guides
     from reference_model.sweep_record import Measurement, SweepRecord
 
-DEFAULT_LENGTHS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25)
 SUFFIXES = {"ki": 2**10, "mi": 2**20, "k": 10**3, "m": 10**6}
 
 
@@ -78,7 +78,7 @@ class Strengths(click.ParamType):  # type: ignore[type-arg]
     "sigma_rels",
     type=SigmaRels(),
     help="EMA lengths; three dots continue a progression, as in 0.01,0.02,...,0.25.  "
-    f"[default: {','.join(f'{s:g}' for s in DEFAULT_LENGTHS)}; with --sensitivity: the best]",
+    f"[default: {','.join(f'{s:g}' for s in LENGTHS)}; with --sensitivity: the best]",
 )
 @click.option("--find-best", is_flag=True, help="Search the best length, with few measurements.")
 @click.option(
@@ -191,7 +191,8 @@ def sweep(
 
         by = measure or ("loss" if asked["sensitivity"] else "distance")
         by = LOSS if by == "loss" else DISTANCE
-        run = Sweep(run_dir, chosen_protocol(run_dir, options), progress=not quiet)
+        protocol = chosen_protocol(run_dir, options)
+        run = Sweep(run_dir, protocol, progress=not quiet, images=by == DISTANCE)
         if find_best:
             points = _search(run, bounds, budget, asked)
         else:
@@ -253,7 +254,7 @@ def _points(
         return sensitivity_grid(
             run, base, asked["others"] or (), by=asked["by"], patterns=asked["layers"]
         )
-    lengths, times = sigma_rels or DEFAULT_LENGTHS, _times(run, asked)
+    lengths, times = sigma_rels or LENGTHS, _times(run, asked)
     if asked["strengths"]:
         return guided_grid(run, lengths, times, _guides(asked))
     return [run.raw, *grid(lengths, times)]
@@ -333,7 +334,7 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
         "guide": lambda m: describe_guide(m.point.guide, m.point.t) if m.point.guide else "",
         "changed": lambda m: ", ".join(f"{name} at {s:g}" for name, s in m.point.changed),
         by: lambda m: f"{m.mean(by)[0]:.4f}",
-        "std error": lambda m: f"{m.mean(by)[1]:.4f}",
+        "std error": lambda m: _or_dash(m.mean(by)[1]),
         "change": lambda m: _change(m, base, by),
         "as intended": lambda m: f"{100 * m.mean(AGREEMENT)[0]:.1f} %",
     }
@@ -353,6 +354,11 @@ def _table(record: SweepRecord, points: Sequence[Point], by: str) -> Iterator[st
         yield "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + mark
 
 
+def _or_dash(error: float) -> str:
+    """An error, or that there is none: a single repeat has no spread."""
+    return f"{error:.4f}" if error == error else "-"
+
+
 def _change(m: Measurement, base: Measurement | None, by: str) -> str:
     """Paired difference from the base, where there is one."""
     from reference_model.sweep_record import paired_difference
@@ -360,7 +366,7 @@ def _change(m: Measurement, base: Measurement | None, by: str) -> str:
     if base is None or not m.point.changed:
         return ""
     change, error = paired_difference(m, base, by)
-    return f"{change:+.4f} ± {error:.4f}"
+    return f"{change:+.4f}" + (f" ± {error:.4f}" if error == error else "")
 
 
 def _number(value: float) -> float | None:

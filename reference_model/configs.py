@@ -6,7 +6,7 @@ carries its own help, which `python -m reference_model train --help` prints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -32,6 +32,10 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 PARALLEL = ("ddp", "fsdp")
 """Ways for several processes to share a model: a copy in each, or a shard in each."""
+
+
+LONGEST_SIGMA_REL = 12**-0.5
+"""EMA length of the mean over all of training; no power function is longer."""
 
 
 BY_CONFIG: Any = object()
@@ -108,11 +112,21 @@ class NetworkConfig:
             raise ValueError(
                 f"{LR_DECAY} is no part of the network: set ref_batches=0 of the training config"
             )
-        for name in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
-        if self.label_dim < 0:
-            raise ValueError(f"label_dim must not be negative (got {self.label_dim})")
+        _at_least(
+            1,
+            self,
+            *("img_resolution", "img_channels", "model_channels", "num_blocks"),
+            *("channels_per_head", "logvar_channels"),
+        )
+        _at_least(0, self, "label_dim")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(
+                f"channel_mult must name levels of 1 or more (got {self.channel_mult})"
+            )
+        for name in ("sigma_data", "clip_act"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive (got {value})")
         halvings = len(self.channel_mult) - 1
         if self.img_resolution % 2**halvings:
             raise ValueError(
@@ -218,13 +232,17 @@ class TrainConfig:
         for name in ("betas", "ema_sigma_rel", "direct_sigma_rel"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         intervals = ("snapshot_nimg", "checkpoint_nimg", "stats_nimg")
-        for name in ("batch_size", "total_nimg", *intervals):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)})")
-        if self.magnitudes_nimg < 0:
-            raise ValueError(f"magnitudes_nimg must not be negative (got {self.magnitudes_nimg})")
-        if not self.ref_lr > 0:
-            raise ValueError(f"ref_lr must be positive (got {self.ref_lr})")
+        _at_least(1, self, "batch_size", "total_nimg", *intervals)
+        _at_least(0, self, "magnitudes_nimg", "rampup_nimg", "ref_batches", "P_std", "seed")
+        for name in ("ref_lr", "loss_scaling"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive (got {getattr(self, name)})")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1) (got {self.betas})")
+        if not self.ema_sigma_rel:
+            raise ValueError("ema_sigma_rel must name at least one EMA length")
+        check_lengths(self.ema_sigma_rel)
+        check_lengths(self.direct_sigma_rel)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, as `config.json` holds them."""
@@ -247,6 +265,23 @@ class TrainConfig:
                     "written by another version of this package?"
                 )
         return cls(network=NetworkConfig(**network), **values)
+
+
+def check_lengths(sigma_rels: Iterable[float]) -> None:
+    """Refuse EMA lengths that no power function has.
+
+    Raises:
+        ValueError: If one is not in (0, `LONGEST_SIGMA_REL`].
+    """
+    for length in sigma_rels:
+        if not 0 < length <= LONGEST_SIGMA_REL:
+            raise ValueError(f"EMA lengths must lie in (0, {LONGEST_SIGMA_REL:.4f}] (got {length})")
+
+
+def _at_least(least: int, config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:  # NaN is refused too
+            raise ValueError(f"{name} must be at least {least} (got {getattr(config, name)})")
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference_model.blocks import clip, dot_product_attention, main_path_conv
+from reference_model.blocks import Block, clip, dot_product_attention
 from reference_model.dropout import ImageDropout
 
 if TYPE_CHECKING:
@@ -83,47 +83,23 @@ class SoftmaxAttention(nn.Module):
         return x + self.proj(y.transpose(2, 3).reshape(x.shape))
 
 
-class GroupNormBlock(nn.Module):
-    """Block of encoder or decoder: residual branch and main path, then attention.
+class GroupNormBlock(Block):
+    """Block of encoder or decoder; its residual branch resamples after a norm of its own."""
 
-    Args:
-        in_channels: Channels from the block before.
-        out_channels: Channels of the result.
-        config: Sizes.
-        rung: Layers.
-        attention: Whether self-attention follows the residual branch.
-        down: Whether the block halves the resolution.
-        up: Whether the block doubles the resolution.
-        skip_channels: Channels of the encoder output that the network concatenates to the
-            input of this block; 0 for none.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        config: NetworkConfig,
-        rung: Rung,
-        *,
-        attention: bool,
-        down: bool = False,
-        up: bool = False,
-        skip_channels: int = 0,
-    ) -> None:
-        super().__init__()
-        total = in_channels + skip_channels
-        self.skip_channels = skip_channels
-        self.clip_act = config.clip_act
-        self.residual = GroupNormResidual(total, out_channels, config, rung, down=down, up=up)
-        self.resample = (
-            nn.AvgPool2d(2) if down else nn.Upsample(scale_factor=2) if up else nn.Identity()
-        )
-        self.skip = main_path_conv(total, out_channels, rung)
-        self.attention = rung.attention(out_channels, config, rung) if attention else nn.Identity()
+    def make_residual(
+        self, in_channels: int, out_channels: int, config: NetworkConfig, rung: Rung
+    ) -> nn.Module:
+        """Make the residual branch."""
+        return rung.residual(in_channels, out_channels, config, rung, down=self.down, up=self.up)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in + skip, H, W]` and `[B, emb]` to `[B, out, …]`, resampled if need be."""
-        x = self.residual(x, emb) + self.skip(self.resample(x))
+        y = self.residual(x, emb)
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = y + self.skip(x)
         return clip(self.attention(x), self.clip_act)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reference_model.data import Dataset
-from reference_model.encoders import SIGMA_DATA, Encoder
+from reference_model.configs import TrainConfig
+from reference_model.data import Dataset, load_dataset
+from reference_model.encoders import SIGMA_DATA, Encoder, make_encoder
 from reference_model.folding import folded_weights
 from reference_model.metrics import mean_and_error
+from reference_model.protocol import Protocol
 from reference_model.sampler import SeededNoise, evaluating
 
 LOSS = "held-out loss"
@@ -138,3 +140,62 @@ def loss_at_levels(
                 weight = (level**2 + sigma_data**2) / (level * sigma_data) ** 2
                 per_image[row, batch] = weight * error.square().mean(dim=(1, 2, 3)).cpu().numpy()
     return HeldOutLoss(levels, per_image)
+
+
+class LossMeter:
+    """Measures networks of a run on its held-out images, in the repeats of a protocol.
+
+    It needs no classes, no feature network, and of latents no autoencoder.
+
+    Args:
+        config: Of the run: its data set, and how that becomes network input.
+        protocol: How many images, in how many repeats.
+        dataset: The held-out images, where they are at hand.
+
+    Raises:
+        ValueError: If the run trained on all images.
+    """
+
+    def __init__(
+        self, config: TrainConfig, protocol: Protocol, dataset: Dataset | None = None
+    ) -> None:
+        if dataset is None:
+            dataset = load_dataset(config.data, "held_out", held_out=config.held_out)
+        if not config.held_out and dataset.source.held_out is None:
+            raise ValueError(
+                f"the run trained on all of {config.data} (held_out=0): there are no held-out "
+                "images to measure a loss on"
+            )
+        self._dataset, self._protocol = dataset, protocol
+        self._encoder = make_encoder(config.encoder, config.vae)
+
+    def measure(
+        self, net: Any, on_repeat: Callable[[int], object] = lambda images: None
+    ) -> tuple[float, ...]:
+        """Measure the denoising error, which needs no sampling.
+
+        Images and noise of a repeat are the same for all weights, and other ones in each repeat.
+
+        Args:
+            net: A `Denoiser`.
+            on_repeat: Called after each repeat with the protocol's number of images: a repeat
+                denoises about so many, at all noise levels together.
+
+        Returns:
+            `HeldOutLoss.mean` of each repeat; lower is better.
+        """
+        protocol = self._protocol
+        count = min(-(-protocol.images // len(LEVELS)), len(self._dataset))
+        losses = []
+        for repeat in range(protocol.repeats):
+            loss = loss_at_levels(
+                net,
+                self._dataset,
+                self._encoder,
+                count=count,
+                seed=protocol.seeds(repeat).start,
+                batch_size=protocol.batch_size,
+            )
+            losses.append(loss.mean)
+            on_repeat(protocol.images)
+        return tuple(losses)

@@ -19,7 +19,7 @@ from reference_model.encoders import make_encoder
 from reference_model.feature_files import load_features
 from reference_model.feature_set import FeatureSet
 from reference_model.features import FeatureNetwork
-from reference_model.held_out_loss import LEVELS, LOSS, loss_at_levels
+from reference_model.held_out_loss import LOSS, LossMeter
 from reference_model.metrics import frechet_distance, mean_and_error
 from reference_model.parallel_generation import generate_in_parallel
 from reference_model.pictures import Pictures
@@ -97,9 +97,10 @@ class Judge:
         self.num_classes = self._held_out.dataset.num_classes
         shares = np.bincount(self._train.dataset.labels.numpy())
         self._classes = class_cycle(shares, protocol.images)
-        self._config = config
-        if protocol.held_out_loss:  # not after an hour of sampling
-            _check_held_out(config, self._held_out)
+        # Here, so that what it refuses is not refused after an hour of sampling.
+        self._loss = (
+            LossMeter(config, protocol, self._held_out.dataset) if protocol.held_out_loss else None
+        )
 
         self._classifier: Classifier | None = None
         self._network: FeatureNetwork
@@ -195,39 +196,8 @@ class Judge:
             if self._classifier is not None and net.config.label_dim:
                 agreement.append(float((read_as == classes).double().mean()))
             on_repeat(images, read_as)
-        more = {LOSS: self.held_out_losses(net)} if protocol.held_out_loss else {}
+        more = {} if self._loss is None else {LOSS: self._loss.measure(net)}
         return self.score_features(sets, agreement, more)
-
-    def held_out_losses(
-        self, net: Any, on_repeat: Callable[[int], object] = lambda images: None
-    ) -> tuple[float, ...]:
-        """Measure the denoising error on held-out images, which needs no sampling.
-
-        Images and noise of a repeat are the same for all weights, and other ones in each repeat.
-
-        Args:
-            net: A `Denoiser`.
-            on_repeat: Called after each repeat with the protocol's number of images: a repeat
-                denoises about so many, at all noise levels together.
-
-        Returns:
-            `HeldOutLoss.mean` of each repeat; lower is better.
-
-        Raises:
-            ValueError: If the run trained on all images.
-        """
-        protocol, dataset = self.protocol, self._held_out.dataset
-        _check_held_out(self._config, self._held_out)
-        count = min(-(-protocol.images // len(LEVELS)), len(dataset))
-        losses = []
-        for repeat in range(protocol.repeats):
-            seed = protocol.seeds(repeat).start
-            loss = loss_at_levels(
-                net, dataset, self.encoder, count=count, seed=seed, batch_size=protocol.batch_size
-            )
-            losses.append(loss.mean)
-            on_repeat(protocol.images)
-        return tuple(losses)
 
     def score_real(self) -> Score:
         """Score real images in place of generated ones: what a perfect model would get.
@@ -359,11 +329,3 @@ class Judge:
                 f"{real} as {self.protocol.reference} ones); compare with more: "
                 "--reference train, or a file of `statistics`"
             )
-
-
-def _check_held_out(config: TrainConfig, held_out: Pictures) -> None:
-    if not config.held_out and held_out.dataset.source.held_out is None:
-        raise ValueError(
-            f"the run trained on all of {config.data} (held_out=0): there are no held-out images "
-            "to measure a loss on"
-        )

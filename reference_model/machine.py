@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+PACKAGES = ("posthoc-ema", "torch", "numpy", "safetensors", "pillow")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -19,7 +21,8 @@ def describe_machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("posthoc-ema", "torch", "numpy")},
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in PACKAGES},
     }
 
 
@@ -29,3 +32,10 @@ def _processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # from a checkout that is not installed
+        return None

@@ -13,6 +13,9 @@ NETWORK_KINDS = ("inception", "dinov2", "torchscript")
 
 HELD_OUT_IMAGES, TRAINING_IMAGES = "held-out", "train"
 
+LENGTHS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25)
+"""EMA lengths to measure where none are asked for."""
+
 
 class FeatureSpec(NamedTuple):
     """Which feature network: its kind, and the path that it comes from, if any."""

@@ -16,7 +16,7 @@ from reference_model.charts import plus_minus
 from reference_model.checkpoint import STATS_FILE, RunDirError, load_config, write_atomically
 from reference_model.configs import TrainConfig
 from reference_model.report_explorer import explorer
-from reference_model.report_grids import grids
+from reference_model.report_grids import grids, losses, sensitivity
 from reference_model.report_magnitudes import magnitudes
 from reference_model.sheets import REAL, SAMPLES, SHEET_COLUMNS, Pixels, read_sheet
 from reference_model.sweep_record import SweepRecord, load_record
@@ -112,12 +112,14 @@ def render(run: Run) -> str:
         sections.append(explorer(run, record))
         states = [
             {
-                "sigma": m.sigma_rel,
+                "sigma": float(f"{m.sigma_rel:.4g}"),
                 "about": f"distance {plus_minus(m.distance, m.error)}"
                 + (" · the best" if m is record.best else ""),
             }
             for m in record.averages
         ]
+    elif run.record is not None:
+        sections += [losses(run.record), sensitivity(run.record)]
     sections += [report_sections.training(run), magnitudes(run.run_dir)]
     sections.append(report_sections.facts(run))
     sections.append(report_sections.what_next(run))

@@ -54,6 +54,7 @@ def quality_chart(record: SweepRecord) -> str:
     real = record.real if record.real and min(record.real) > best.distance / FAR else ()
     levels = [*real, *(raw.distances if raw else ())]
     y_scale = nice_range([*levels, *(d for m in averages for d in m.distances)], log=True)
+    marks = [(m.sigma_rel or 0.0, min(m.distances), max(m.distances)) for m in averages]
 
     def draw(width: int, height: int) -> str:
         wide = width > 500
@@ -76,12 +77,12 @@ def quality_chart(record: SweepRecord) -> str:
                 if math.isfinite(error):
                     chart.band(max(mean - error, mean * 0.5), mean + error, style)
                 chart.level(mean, f"{style} dashed")
-                y = chart.at_y(mean)
+                y, note = chart.at_y(mean), f"note {style}"
                 if wide:
-                    chart.text(chart.right + 8, y - 2, name, f"note {style}")
-                    chart.text(chart.right + 8, y + 14, number(mean), f"note {style}")
+                    chart.text(chart.right + 8, y - 2, name, note)
+                    chart.text(chart.right + 8, y + 14, number(mean), note)
                 else:
-                    chart.text(chart.left + 6, y - 6, f"{name} {number(mean)}", f"note {style}")
+                    chart.name_level(mean, f"{name} {number(mean)}", note, marks)
 
         xs = [m.sigma_rel or 0.0 for m in averages]
         for repeat in range(len(best.distances)):
@@ -97,13 +98,13 @@ def quality_chart(record: SweepRecord) -> str:
             hint = f"σ_rel {x:g}: distance {plus_minus(m.distance, m.error)}"
             chart.link(x, m.distance, state_link(m), hint, "best" if m is best else "ema")
         x, y = chart.at_x(best.sigma_rel or 0.0), chart.at_y(min(best.distances))
-        chart.text(x, y + 26, f"best: {best.sigma_rel:g}", "note ema strong", anchor="middle")
+        chart.text(x, y + 26, f"best: {best.sigma_rel:.4g}", "note ema strong", anchor="middle")
         first, last = equal[0].sigma_rel or 0.0, equal[-1].sigma_rel or 0.0
         place = f"M{chart.at_x(first):g} {chart.bottom}H{chart.at_x(last):g}"
         chart.add(f'<path class="equal" d="{place}"/>')
         return chart.svg(
             f"Fréchet distance against EMA length: lowest, {number(best.distance)}, at "
-            f"{best.sigma_rel:g}" + (f"; raw weights {number(raw.distance)}" if raw else "")
+            f"{best.sigma_rel:.4g}" + (f"; raw weights {number(raw.distance)}" if raw else "")
         )
 
     return responsive(draw, wide=(960, 420), narrow=(380, 330))

@@ -38,7 +38,7 @@ def explorer(run: Run, record: SweepRecord) -> str:
     shortest, longest = averages[0].sigma_rel, averages[-1].sigma_rel
     control = f"""<div class="control"><label for="length"><span>EMA length</span>
 <span class="value">{SIGMA} =
-<output id="length-value" for="length">{record.best.sigma_rel:g}</output></span>
+<output id="length-value" for="length">{record.best.sigma_rel:.4g}</output></span>
 <output id="length-about" for="length"></output></label>
 <input type="range" id="length" min="0" max="{len(averages) - 1}" step="1" value="{index}">
 <div class="ends"><span aria-hidden="true">{shortest:g} · short</span>

@@ -15,7 +15,7 @@ from reference_model.charts import (
     tick_label,
 )
 from reference_model.report_charts import length_ticks
-from reference_model.sweep_record import Measurement, SweepRecord, paired_difference
+from reference_model.sweep_record import Measurement, paired_difference
 
 AGES = 6
 """Shades that the style sheet has for curves in order, the last the strongest."""
@@ -69,18 +69,28 @@ def curves_chart(curves: Mapping[str, Sequence[Measurement]], description: str) 
     return responsive(draw, wide=(960, 400), narrow=(380, 330))
 
 
-def measure_chart(record: SweepRecord, measure: str) -> str:
-    """One more measure against EMA length, with error bars and the raw weights' level."""
-    averages = [m for m in record.averages if measure in m.scores]
+def measure_chart(
+    averages: Sequence[Measurement], raw_weights: Measurement | None, measure: str
+) -> str:
+    """A measure against EMA length, with error bars and the raw weights' level.
+
+    Args:
+        averages: In order of length; those that have the measure are drawn.
+        raw_weights: Of the same time, if they were measured.
+        measure: Name of the measure.
+    """
+    averages = [m for m in averages if measure in m.scores]
     points = [(m.sigma_rel or 0.0, *m.mean(measure)) for m in averages]
-    raw = record.raw.mean(measure)[0] if record.raw is not None else math.nan
+    raw = raw_weights.mean(measure)[0] if raw_weights is not None else math.nan
     x_scale = nice_range([x for x, _, _ in points], log=True, margin=0.04)
     y_scale = nice_range([raw, *(v for m in averages for v in m.scores[measure])])
     chart = Chart(x_scale, y_scale, width=460, height=260)
     chart.axes("EMA length σ_rel", measure, x_ticks=length_ticks(chart))
     if math.isfinite(raw):
         chart.level(raw, "raw dashed")
-        chart.text(chart.left + 6, chart.at_y(raw) - 6, "raw weights", "note raw")
+        bars = [(x, e if math.isfinite(e) else 0.0, y) for x, y, e in points]
+        marks = [(x, y - error, y + error) for x, error, y in bars]
+        chart.name_level(raw, "raw weights", "note raw", marks)
     chart.line([x for x, _, _ in points], [y for _, y, _ in points], "ema")
     for x, y, error in points:
         if math.isfinite(error):

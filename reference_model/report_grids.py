@@ -49,11 +49,26 @@ def measures(record: SweepRecord) -> str:
     ]
     if not wanted:
         return ""
-    charts = "".join(measure_chart(record, name) for name in wanted)
+    charts = "".join(measure_chart(record.averages, record.raw, name) for name in wanted)
     return f"""<section id="measures"><h2>Other measures</h2>
 <p>The same weights by other measures, with standard errors over the repeats. They need not agree on
 one best length: each looks at something else.</p>
 <div class="pair">{charts}</div></section>"""
+
+
+def losses(record: SweepRecord) -> str:
+    """The curve of the held-out loss, of a run whose images were not measured."""
+    measured = [m for m in record.measurements if m.point.plain and LOSS in m.scores]
+    end = max((m.point.t for m in measured if m.sigma_rel is not None), default=0.0)
+    averages = [m for m in measured if m.point.t == end and m.sigma_rel is not None]
+    if len(averages) < 2:
+        return ""
+    best = min(averages, key=lambda m: m.mean(LOSS)[0])
+    return f"""<section id="loss"><h2>Held-out loss against EMA length</h2>
+<p>The lowest, {plus_minus(*best.mean(LOSS))}, is that of {SIGMA} {best.sigma_rel:.4g}. It is the
+denoising error on held-out images: no image was generated, and the length with the best images may
+be another.</p>
+<div class="pair">{measure_chart(averages, record.find(Point(None, end)), LOSS)}</div></section>"""
 
 
 def times(record: SweepRecord) -> str:
@@ -126,7 +141,7 @@ def guidance(run: Run, record: SweepRecord) -> str:
     best = min((m for rows in tables.values() for row in rows.values() for m in row.values()),
                key=lambda m: m.distance)  # fmt: skip
     parts = "".join(
-        f"<h3>Guide: {escape(name)}</h3>"
+        f"<h3>Guide: {_in_html(name)}</h3>"
         + guidance_table(dict(sorted(rows.items())), strengths, best)
         for name, rows in tables.items()
     )
@@ -146,6 +161,11 @@ def _guide_name(m: Measurement, guide: PointGuide) -> str:
     same = guide.sigma_rel == m.sigma_rel
     words = describe_guide(guide, m.point.t)
     return words.replace(f"σ_rel {guide.sigma_rel:.4g}", "same σ_rel", 1) if same else words
+
+
+def _in_html(words: str) -> str:
+    """Words for people, with σ_rel set as everywhere on the page."""
+    return escape(words).replace("σ_rel", SIGMA)
 
 
 def _guidance_lines(tables: Mapping[str, Mapping[float, Mapping[float, Measurement]]]) -> str:
@@ -173,7 +193,7 @@ def _guidance_words(unguided: Measurement | None, guided: Measurement) -> str:
     assert guide is not None  # of a guided measurement
     words += (
         f" ({SIGMA} {guided.sigma_rel:.3g}, w = {guide.guidance:g}, guide: "
-        f"{escape(describe_guide(guide, guided.point.t))})"
+        f"{_in_html(describe_guide(guide, guided.point.t))})"
     )
     if unguided is None:
         return f"{words}."

@@ -38,7 +38,7 @@ def header(run: Run) -> str:
     best, raw = record.best, record.raw
     worst = max(record.averages, key=lambda m: m.distance)
     figures = [
-        ("Best EMA length", f"{best.sigma_rel:g}", f"of training time ({SIGMA})"),
+        ("Best EMA length", f"{best.sigma_rel:.4g}", f"of training time ({SIGMA})"),
         (
             "Distance to real images",
             number(best.distance),
@@ -47,7 +47,7 @@ def header(run: Run) -> str:
         (
             "A wrong length costs up to",
             f"{number(worst.distance / best.distance, 2)} ×",
-            f"the distance, at {SIGMA} {worst.sigma_rel:g}",
+            f"the distance, at {SIGMA} {worst.sigma_rel:.4g}",
         ),
         _error_figure(record),
     ]
@@ -74,7 +74,7 @@ def headline(record: SweepRecord) -> str:
     best, raw = record.best, record.raw
     assert best is not None  # asked for only where something was measured
     if raw is None:
-        return f"The best average of this run’s weights has length {best.sigma_rel:g}"
+        return f"The best average of this run’s weights has length {best.sigma_rel:.4g}"
     gain, error = paired_difference(raw, best)
     if gain > 2 * error:
         ratio = number(raw.distance / best.distance, 2)
@@ -128,17 +128,17 @@ def conclusions(record: SweepRecord) -> list[str]:
     assert best is not None  # as above
     against = f"; the raw weights at the end of training {_score(raw)}" if raw else ""
     score = f"<strong>{_score(best)}</strong>"
-    sentences = [f"The best average, {SIGMA} {best.sigma_rel:g}, scores {score}{against}."]
+    sentences = [f"The best average, {SIGMA} {best.sigma_rel:.4g}, scores {score}{against}."]
     for end, word in ((averages[0], "short"), (averages[-1], "long")):
         if clearly_worse(end, best):
             cost = f"{100 * (end.distance / best.distance - 1):.0f} %"
             worse = ", worse than no average at all" if raw and clearly_worse(end, raw) else ""
-            sentences.append(f"Too {word} an average, {end.sigma_rel:g}, costs {cost}{worse}.")
+            sentences.append(f"Too {word} an average, {end.sigma_rel:.4g}, costs {cost}{worse}.")
     equal = [m for m in averages if not clearly_worse(m, best)]
     if len(equal) > 1:
         sentences.append(
-            f"Lengths from {equal[0].sigma_rel:g} to {equal[-1].sigma_rel:g} cannot be told apart "
-            "from the best by this measurement."
+            f"Lengths from {equal[0].sigma_rel:.4g} to {equal[-1].sigma_rel:.4g} cannot be told "
+            "apart from the best by this measurement."
         )
     return sentences
 
@@ -171,10 +171,9 @@ def facts(run: Run) -> str:
     }
     if run.stats:
         rows["Training took"] = _duration(run.stats[-1]["seconds"])
-    if record is not None:
+    if record is not None and record.imaged:
         protocol, judge = record.settings["protocol"], record.settings["judge"]
         seconds = sum(m.seconds for m in record.imaged)
-        machine = record.machine
         rows["Measuring took"] = (
             f"{_duration(seconds)} for {len(record.imaged)} sets of weights with "
             f"{protocol['images'] * protocol['repeats']:,} images each, of "
@@ -186,14 +185,16 @@ def facts(run: Run) -> str:
             if judge["accuracy"] is not None
             else ""
         )
+    if record is not None:
+        machine = record.machine
         rows["Machine"] = (
-            f"{machine.get('processor')}, {machine.get('threads')} threads, "
-            f"{machine.get('platform')}"
+            f"{machine.get('processor')}, {machine.get('platform')}; CPU threads: "
+            f"{machine.get('threads')}"
         )
         names = ("posthoc-ema", "torch", "numpy", "python")
         rows["Versions"] = ", ".join(f"{n} {machine[n]}" for n in names if n in machine)
     body = "".join(
-        f'<tr><th scope="row">{name}</th><td>{escape(value)}</td></tr>'
+        f'<tr><th scope="row">{name}</th><td>{escape(value).replace("σ_rel", SIGMA)}</td></tr>'
         for name, value in rows.items()
     )
     return (

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 
 from reference_model.data_source import Source
+from reference_model.machine import describe_machine
 
 DATA_FILE = "data.json"
 """What the data set was when the run was started."""
@@ -25,7 +24,6 @@ STARTS_FILE = "starts.jsonl"
 
 SAMPLE = 64
 """Images that the digest of a data set covers, spread evenly over the set."""
-PACKAGES = ("posthoc-ema", "torch", "numpy", "safetensors", "pillow")
 
 
 def describe_data(source: Source) -> dict[str, Any]:
@@ -80,23 +78,11 @@ def record_start(run_dir: Path, **about: Any) -> None:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **about,
         "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
         "machine": {
             "host": platform.node(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            **describe_machine(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
     with (run_dir / STARTS_FILE).open("a") as file:
         print(json.dumps(line), file=file)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -20,8 +20,14 @@ from reference_model.blocks import (
     MPEmbedding,
     MPEncoderBlock,
     MPOutput,
+    MPResidual,
 )
-from reference_model.group_norm_blocks import GroupNormBlock, GroupNormOutput, SoftmaxAttention
+from reference_model.group_norm_blocks import (
+    GroupNormBlock,
+    GroupNormOutput,
+    GroupNormResidual,
+    SoftmaxAttention,
+)
 from reference_model.layers import (
     Conv,
     GroupNorm,
@@ -47,6 +53,7 @@ from reference_model.unit_blocks import (
     UnitEmbedding,
     UnitEncoderBlock,
     UnitOutput,
+    UnitResidual,
 )
 from reference_model.unit_scaling import UnitConv, descend, unit_cat
 
@@ -110,6 +117,7 @@ class Rung:
         ones_channel: Whether the image gets a further channel of ones.
         encoder_block: Block of the encoder.
         decoder_block: Block of the decoder.
+        residual: Residual branch of both.
         attention: Self-attention in blocks.
         output: What follows the last decoder block.
         norm: Normalisation of groups of channels.
@@ -137,6 +145,7 @@ class Rung:
     ones_channel: bool = False
     encoder_block: type[nn.Module] = GroupNormBlock
     decoder_block: type[nn.Module] = GroupNormBlock
+    residual: type[nn.Module] = GroupNormResidual
     attention: type[nn.Module] = SoftmaxAttention
     output: type[nn.Module] = GroupNormOutput
     norm: type[nn.Module] = GroupNorm
@@ -194,6 +203,7 @@ F = replace(
     noise_layers=one_layer,
     encoder_block=MPEncoderBlock,
     decoder_block=MPDecoderBlock,
+    residual=MPResidual,
     output=MPOutput,
     pixel_norm=pixel_norm,
 )
@@ -217,6 +227,7 @@ U = replace(
     embedding=UnitEmbedding,
     encoder_block=UnitEncoderBlock,
     decoder_block=UnitDecoderBlock,
+    residual=UnitResidual,
     attention=UnitAttention,
     output=UnitOutput,
     pixel_norm=identity,

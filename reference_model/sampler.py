@@ -34,7 +34,7 @@ def sigma_steps(
         float64 `[num_steps + 1]`, decreasing to 0.
 
     Raises:
-        ValueError: If num_steps < 1 or not 0 < sigma_min < sigma_max.
+        ValueError: If num_steps < 1, not 0 < sigma_min < sigma_max, or not rho > 0.
 
     Source:
         Karras et al. 2022, arXiv:2206.00364, Eq. 5.
@@ -46,6 +46,8 @@ def sigma_steps(
             f"noise levels must satisfy 0 < sigma_min < sigma_max "
             f"(got sigma_min={sigma_min}, sigma_max={sigma_max})"
         )
+    if not rho > 0:
+        raise ValueError(f"rho must be positive (got {rho})")
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
@@ -104,11 +106,14 @@ def heun_sampler(
         Samples, shape and dtype of `noise`.
 
     Raises:
-        ValueError: If guidance is asked for without `gnet`, or levels are out of order.
+        ValueError: If guidance is asked for without `gnet`, levels are out of order, or S_churn
+            is negative.
 
     Source:
         Karras et al. 2022, arXiv:2206.00364, Algorithm 2; guidance as `guidance.guided` has it.
     """
+    if not S_churn >= 0:
+        raise ValueError(f"S_churn must be at least 0 (got {S_churn})")
     denoise = guided(net, as_guides(gnet, guidance, guidance_interval), class_labels)
     steps = sigma_steps(num_steps, sigma_min, sigma_max, rho).tolist()
     x = noise * steps[0]
@@ -240,10 +245,12 @@ def image_batches(
         unconditional network.
 
     Raises:
-        ValueError: As `generate_images`; or if there is no such sampler.
+        ValueError: As `generate_images`; or if there is no such sampler, or an empty batch.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)} (got {sampler!r})")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
     config = net.config
     seeds = list(seeds)
     classes = _check_classes(class_labels, len(seeds), config.label_dim)
@@ -253,9 +260,8 @@ def image_batches(
         for start in range(0, len(seeds), batch_size):
             batch = slice(start, start + batch_size)
             rng = SeededNoise(seeds[batch])
-            noise = rng.randn(
-                config.input_shape
-            )  # before the class, so that both depend on the seed alone
+            # Before the class, so that both depend on the seed alone.
+            noise = rng.randn(config.input_shape)
             chosen = labels = None
             if config.label_dim:
                 chosen = rng.randint(config.label_dim) if classes is None else classes[batch]

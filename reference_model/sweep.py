@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from reference_model.checkpoint import (
     load_network,
 )
 from reference_model.direct_check import check_directly, direct_averages, relative_error
-from reference_model.held_out_loss import LOSS
+from reference_model.held_out_loss import LOSS, LossMeter
 from reference_model.judge import Judge
 from reference_model.machine import describe_machine
 from reference_model.points import Point, grid
@@ -83,6 +84,8 @@ class Sweep:
         protocol: What is generated and how.
         max_bytes: Bound on the averages held at a time.
         progress: Whether to show progress.
+        images: Whether images will be measured; `False`: losses alone, for which nothing that
+            judges images is made or needed.
 
     Attributes:
         record: All measurements of the run under this protocol.
@@ -102,6 +105,7 @@ class Sweep:
         *,
         max_bytes: int = MAX_BYTES,
         progress: bool = True,
+        images: bool = True,
     ) -> None:
         self.run_dir, self.protocol = Path(run_dir), protocol or Protocol()
         self.max_bytes, self.progress = max_bytes, progress
@@ -111,13 +115,20 @@ class Sweep:
             raise RunDirError(f"{run_dir} has no checkpoint yet; train first")
         # Of one reading: a run that goes on replaces the file.
         self._raw_weights: Mapping[str, Tensor] = checkpoint["net"]
-        self._tracked = direct_averages(checkpoint, self.config.direct_sigma_rel)
         self.raw = Point(None, checkpoint["nimg"])
-        self._judge = Judge(self.config, self.protocol, self.run_dir, progress=progress)
-        self.record = _open_record(self.run_dir, self._judge)
+        self._judge: Judge | None = None
+        self._tracked: dict[float, dict[str, Tensor]] = {}
+        if images:
+            self._judge = Judge(self.config, self.protocol, self.run_dir, progress=progress)
+            self._tracked = direct_averages(checkpoint, self.config.direct_sigma_rel)
+        self.record = _open_record(self.run_dir, self.protocol, self._judge)
         self.end = self.record.inputs[-1][0]
         tracked = [Weights(self.run_dir, s, self.end) for s in self._tracked]
         self._by_paper = Averages(tracked, max_bytes, method="paper")
+
+    @cached_property
+    def _loss(self) -> LossMeter:
+        return LossMeter(self.config, self.protocol)
 
     def measure(self, points: Iterable[Point], *, by: str = DISTANCE) -> SweepRecord:
         """Measure what the record does not hold yet.
@@ -131,14 +142,18 @@ class Sweep:
             The record, complete.
 
         Raises:
-            ValueError: If a point lies outside the snapshots, a guide does not fit, or raw weights
-                of another time than the checkpoint's are asked for.
+            ValueError: If a point lies outside the snapshots, a guide does not fit, raw weights of
+                another time than the checkpoint's are asked for, or images of a sweep of losses.
         """
+        if by == DISTANCE and self._judge is None:
+            raise ValueError("this sweep was opened for losses alone (images=False)")
         missing = [p for p in dict.fromkeys(points) if not self.record.has(p, by)]
         for point in missing:
             self._check(point)
             if by == LOSS and point.guide is not None:
                 raise ValueError("guidance changes samples, not the loss; measure the distance")
+        if missing and by == LOSS:
+            _ = self._loss  # refuses what cannot be measured, before averages are made
         upcoming = [w for p in missing for w in self.needs(p)]
         averages = Averages(upcoming, self.max_bytes, progress=self.progress)
         with self.bar(len(missing)) as bar:
@@ -166,15 +181,15 @@ class Sweep:
         started = time.monotonic()
         read_as: tuple[int, ...] = ()
         direct = None
-        if by == DISTANCE:
+        if by == DISTANCE and self._judge is not None:
             if not self.record.real:
                 self.record.real = self._judge.score_real().distances
                 save_sheet(self.run_dir, REAL, self._judge.real_images(self.record.shown))
-            scores, read_as = self._score_images(point, made, bar)
-            direct = self._check_directly(point, made)
+            scores, read_as = self._score_images(self._judge, point, made, bar)
+            direct = self._check_directly(self._judge, point, made)
         else:
             net = load_network(self.run_dir, self._weights(point, made))
-            scores = {LOSS: self._judge.held_out_losses(net, bar.update)}
+            scores = {LOSS: self._loss.measure(net, bar.update)}
         # Of weights that differ in some tensors, or are guided, these say nothing new.
         weights = made[0] if made and point.plain else None
         predicted = None if weights is None else weights.predicted_error
@@ -240,7 +255,7 @@ class Sweep:
         return weights
 
     def _score_images(
-        self, point: Point, made: Sequence[Reconstruction], bar: Any
+        self, judge: Judge, point: Point, made: Sequence[Reconstruction], bar: Any
     ) -> tuple[dict[str, tuple[float, ...]], tuple[int, ...]]:
         """Scores of a point's images, and how the shown ones are read; their sheet is saved."""
         shown: list[tuple[Tensor, Tensor]] = []
@@ -259,14 +274,16 @@ class Sweep:
                 "guidance": point.guide.guidance,
                 "guidance_interval": point.guide.interval,
             }
-        score = self._judge.score(net, on_repeat, **options)
+        score = judge.score(net, on_repeat, **options)
         images, read_as = shown[0]
         save_sheet(self.run_dir, point.label, images)
         scores = {DISTANCE: score.distances, AGREEMENT: score.agreement}
         known = {name: values for name, values in {**scores, **score.more}.items() if values}
         return known, tuple(read_as.tolist())
 
-    def _check_directly(self, point: Point, made: Sequence[Reconstruction]) -> DirectCheck | None:
+    def _check_directly(
+        self, judge: Judge, point: Point, made: Sequence[Reconstruction]
+    ) -> DirectCheck | None:
         """Compare with the average that training tracked, if it did and this is of its time."""
         kept = point.t == self.end == self.raw.t and point.sigma_rel in self._tracked
         if not (point.plain and kept and point.sigma_rel is not None):
@@ -274,7 +291,7 @@ class Sweep:
         (paper,) = self._by_paper.get(Weights(self.run_dir, point.sigma_rel, point.t))
         check, images = check_directly(
             self.run_dir,
-            self._judge,
+            judge,
             made[0].state_dict(),
             paper.state_dict(),
             self._tracked[point.sigma_rel],
@@ -284,13 +301,13 @@ class Sweep:
         return check
 
 
-def _open_record(run_dir: Path, judge: Judge) -> SweepRecord:
+def _open_record(run_dir: Path, protocol: Protocol, judge: Judge | None) -> SweepRecord:
     """Continue the run's record if it was measured under the same settings, else a new one."""
     snapshots = SnapshotStore(run_dir / SNAPSHOTS).list()
     last = snapshots[-1]
     settings = {
-        "protocol": asdict(judge.protocol),
-        "judge": judge.describe(),
+        "protocol": asdict(protocol),
+        "judge": None if judge is None else judge.describe(),
         "run_id": last.run.run_id,
     }
     inputs = tuple((float(s.t), s.profile.sigma_rel) for s in snapshots)
@@ -305,8 +322,9 @@ def _open_record(run_dir: Path, judge: Judge) -> SweepRecord:
             record = None
     if record is None:
         record = SweepRecord(settings)
-    shown = min(SHOWN_IMAGES, judge.protocol.images)
-    record.shown = tuple(judge.classes[:shown].tolist())
+    if judge is not None:
+        record.settings = settings
+        record.shown = tuple(judge.classes[: min(SHOWN_IMAGES, protocol.images)].tolist())
     record.unit = last.run.unit
     record.inputs = inputs
     record.snapshot_bytes = sum(s.nbytes for s in snapshots)
@@ -316,4 +334,5 @@ def _open_record(run_dir: Path, judge: Judge) -> SweepRecord:
 
 def _line(measurement: Measurement, by: str, end: float) -> str:
     mean, error = measurement.mean(by)
-    return f"{measurement.point.describe(end):<28} {by} {mean:8.4f} ± {error:.4f}"
+    known = f" ± {error:.4f}" if error == error else ""  # NaN: of a single repeat
+    return f"{measurement.point.describe(end):<28} {by} {mean:8.4f}{known}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import nan
 from pathlib import Path
@@ -105,7 +105,8 @@ class SweepRecord:
     """All measurements of one run under one protocol.
 
     Attributes:
-        settings: What makes measurements comparable: protocol, judge, run.
+        settings: What makes measurements comparable: "protocol", "run_id", and "judge", which is
+            `None` as long as nothing but losses was measured.
         unit: Unit of time, for people.
         shown: Class asked for in each of the images that sample sheets show.
         inputs: Time and EMA length of each snapshot, in order of time.
@@ -274,7 +275,10 @@ def save_together(record: SweepRecord, run_dir: str | os.PathLike[str]) -> None:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
         theirs = load_record(run_dir)
-        if theirs is not None and theirs.settings == record.settings:
+        if theirs is not None and not differing_settings(theirs.settings, record.settings):
+            if record.settings["judge"] is None:  # another process has judged images
+                record.settings, record.shown = theirs.settings, theirs.shown
+                record.real = theirs.real
             for m in theirs.measurements:
                 own = record.find(m.point)
                 # What is known of a point from both is the same, up to the time it took.
@@ -294,11 +298,16 @@ def set_aside(path: Path, reason: str) -> None:
     print(f"Measuring anew: {reason}. The earlier record is {aside}.", file=sys.stderr)
 
 
-def differing_settings(old: dict[str, Any], new: dict[str, Any]) -> Sequence[str]:
-    """Say in which settings two records differ, as ``protocol.images 500, now 1000``."""
+def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say in which settings two records differ, as ``protocol.images 500, now 1000``.
+
+    A record that has no judge yet differs by that from no other.
+    """
     differences = []
     for key in {**old, **new}:
         before, after = old.get(key), new.get(key)
+        if key == "judge" and None in (before, after):
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
             differences += [f"{key}.{text}" for text in differing_settings(before, after)]
         elif before != after:

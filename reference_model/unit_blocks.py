@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference_model.blocks import MPEmbedding, clip, dot_product_attention, main_path_conv
+from reference_model.blocks import (
+    MPDecoderBlock,
+    MPEmbedding,
+    MPEncoderBlock,
+    clip,
+    dot_product_attention,
+)
 from reference_model.dropout import ImageDropout
 from reference_model.unit_scaling import scaled
 
@@ -130,57 +136,8 @@ class UnitAttention(nn.Module):
         return x * self.main_share + scaled(y, forward=self.share)
 
 
-class UnitBlock(nn.Module):
-    """Block of encoder or decoder: what the two have in common.
-
-    Args:
-        in_channels: Channels from the block before.
-        out_channels: Channels of the result.
-        config: Sizes, and constants of its own.
-        rung: Layers and constants.
-        attention: Whether self-attention follows the residual branch.
-        down: Whether the block first halves the resolution by 2×2 means.
-        up: Whether the block first doubles the resolution by repeating pixels.
-        skip_channels: Channels of the encoder output that the network concatenates to the
-            input of this block; 0 for none.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        config: NetworkConfig,
-        rung: Rung,
-        *,
-        attention: bool,
-        down: bool = False,
-        up: bool = False,
-        skip_channels: int = 0,
-    ) -> None:
-        super().__init__()
-        self.share, _ = rung.sum_weights(config.res_balance)
-        self.clip_act = config.clip_act
-        self.down = down
-        self.up = up
-        self.skip_channels = skip_channels
-        total = in_channels + skip_channels
-        self.residual = UnitResidual(
-            self.residual_channels(total, out_channels), out_channels, config, rung, up=up
-        )
-        self.skip = main_path_conv(total, out_channels, rung)
-        self.attention = rung.attention(out_channels, config, rung) if attention else nn.Identity()
-
-    def residual_channels(self, total: int, out_channels: int) -> int:
-        """Channels that the residual branch reads."""
-        return total
-
-
-class UnitEncoderBlock(UnitBlock):
+class UnitEncoderBlock(MPEncoderBlock):
     """Encoder block: resample, change width, then residual and attention."""
-
-    def residual_channels(self, total: int, out_channels: int) -> int:
-        """Channels that the residual branch reads: those after the change of width."""
-        return out_channels
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Map `[B, in, H, W]` and `[B, emb]` to `[B, out, H or H/2, W or W/2]`."""
@@ -191,7 +148,7 @@ class UnitEncoderBlock(UnitBlock):
         return clip(self.attention(x), self.clip_act)
 
 
-class UnitDecoderBlock(UnitBlock):
+class UnitDecoderBlock(MPDecoderBlock):
     """Decoder block: resample, then residual and attention."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:

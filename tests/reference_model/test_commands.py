@@ -138,13 +138,42 @@ def test_new_run_needs_a_preset(tmp_path: Path) -> None:
         (["--config", "H"], 1, "config must be one of A, B, C, D, E, F, G, U (got 'H')"),
         (["--config", "B", "--leave-out", "mp_silu"], 1, "config B has no mp_silu to leave out"),
         (["--data", ""], 1, "no data set given; 'digits' is built in"),
+        (["--betas", "0.9"], 1, "betas must be two numbers in [0, 1) (got (0.9,))"),
+        (["--betas", "0.9,1"], 1, "betas must be two numbers in [0, 1)"),
+        (["--ema-sigma-rel", "0.05,0.3"], 1, "EMA lengths must lie in (0, 0.2887] (got 0.3)"),
+        (["--ema-sigma-rel", ","], 1, "ema_sigma_rel must name at least one EMA length"),
+        (["--direct-sigma-rel", "0"], 1, "EMA lengths must lie in (0, 0.2887] (got 0.0)"),
+        (["--channel-mult", "1,0"], 1, "channel_mult must name levels of 1 or more"),
+        (["--channels-per-head", "0"], 1, "channels_per_head must be at least 1 (got 0)"),
+        (["--P-std", "nan"], 1, "P_std must be at least 0 (got nan)"),
+        (["--seed", "-1"], 1, "seed must be at least 0 (got -1)"),
+        (["--loss-scaling", "0"], 1, "loss_scaling must be positive (got 0.0)"),
+        (["--sigma-data", "0"], 1, "sigma_data must be positive (got 0.0)"),
+        (["--device", "gpu"], 2, "'gpu' is no device; give cpu, cuda, cuda:1, ..."),
+        (["--device", "mps"], 2, "PyTorch finds no mps device here; --device cpu works"),
     ],
 )
 def test_misuse_is_explained(tmp_path: Path, options: list[str], status: int, message: str) -> None:
-    base = ["train", "--preset", "digits-tiny", "--run-dir", str(tmp_path)]
+    base = ["train", "--preset", "digits-tiny", "--run-dir", str(tmp_path / "new")]
     output = run(*base, *options, status=status)
     assert message in output
     assert "Traceback" not in output
+    assert not (tmp_path / "new").exists()  # or the right options would be refused next time
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rho", "0"], "rho must be positive (got 0.0)"),
+        (["--batch-size", "0"], "batch_size must be at least 1 (got 0)"),
+        (["--S-churn", "-1"], "S_churn must be at least 0 (got -1.0)"),
+    ],
+)
+def test_senseless_sampling_is_explained(
+    finished: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    base = ["generate", "--run-dir", str(finished), "--raw", "--out", str(tmp_path / "out")]
+    assert message in run(*base, *options, "--quiet", status=1)
 
 
 def test_generate_writes_each_image_and_a_grid(finished: Path, tmp_path: Path) -> None:

@@ -215,5 +215,5 @@ def test_a_damaged_log_is_told(tmp_path: Path) -> None:
 
 
 def test_negative_interval_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"magnitudes_nimg must not be negative \(got -1\)"):
+    with pytest.raises(ValueError, match=r"magnitudes_nimg must be at least 0 \(got -1\)"):
         replace(TINY, magnitudes_nimg=-1)

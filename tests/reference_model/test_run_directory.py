@@ -68,7 +68,7 @@ def test_each_start_is_recorded(tmp_path: Path) -> None:
     first, second = lines(tmp_path / "starts.jsonl")
     assert (first["nimg"], second["nimg"]) == (0, 16)
     assert (first["micro_batch"], second["micro_batch"]) == (None, 3)
-    assert first["packages"]["torch"] == torch.__version__
+    assert first["machine"]["torch"] == torch.__version__
     assert first["command"] == sys.argv
     assert first["machine"]["cpus"] == os.cpu_count()
 

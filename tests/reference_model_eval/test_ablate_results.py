@@ -17,6 +17,7 @@ from reference_model.ablate import (
     Variant,
     leave_one_out,
 )
+from reference_model.ablate_charts import quality_chart
 from reference_model.ablate_checks import Check, checks
 from reference_model.ablate_pool import LOG_FILE
 from reference_model.ablate_report import error_bars, render, write_ablation
@@ -140,6 +141,22 @@ def test_colours_and_dashes_tell_many_variants_apart(finished_ablation: Path) ->
     assert 'class="line s0 dashed"' in page
     assert "a &lt; b" in page
     assert "<strong>no</strong>" in page
+
+
+def test_error_bars_and_names_have_room() -> None:
+    """Names were cut off on phones, and error bars ran out of the axes into the title."""
+    wide = replace(outcome("G"), distances=((1.0, 9.0), (9.0, 9.0), (9.0, 9.0)))
+    many = [wide, *(outcome(v.name) for v in leave_one_out("G")[1:])]
+    for svg in re.findall(r"<svg.*?</svg>", quality_chart(many, 0.1)):
+        width, height = (float(re.search(rf'{k}="(\d+)"', svg)[1]) for k in ("width", "height"))  # type: ignore[index]
+        bars = [(float(a), float(b)) for a, b in re.findall(r"M\S+ (\S+)V([\d.]+)M", svg)]
+        assert len(bars) == len(many)
+        assert all(26 <= top < bottom <= height - 44 for top, bottom in bars)
+        names = re.findall(r'class="note s\d" x="([^"]*)" y="([^"]*)"[^>]*>([^<]*)<', svg)
+        assert max(float(x) + 7 * len(name) for x, _, name in names) <= width
+        heights = sorted(float(y) for _, y, _ in names)
+        assert min(np.diff(heights)) >= 14.9
+        assert heights[-1] <= height - 40
 
 
 def test_nothing_finished_is_said(tmp_path: Path) -> None:

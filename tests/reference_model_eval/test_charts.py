@@ -127,3 +127,23 @@ def test_a_chart_is_well_formed_and_puts_marks_where_the_data_are():
     path = re.search(r'line ema" d="([^"]*)"', text)
     assert path is not None
     assert path[1].count("M") == 2, "a missing value breaks the line"
+
+
+@pytest.mark.parametrize(
+    ("curve", "left", "above"),
+    [
+        ([(0, 0.9, 1), (10, 0.9, 1)], True, True),  # far away
+        ([(0, 0.4, 0.6), (4, 0.4, 0.6), (6, 0, 0.1), (10, 0, 0.1)], False, True),
+        ([(0, 0.5, 0.6), (10, 0.5, 0.6)], True, False),
+        ([(0, 0.4, 0.6), (4, 0.4, 0.6), (6, 0.5, 0.6), (10, 0.5, 0.6)], False, False),
+    ],
+)
+def test_the_name_of_a_level_keeps_clear_of_the_curve(
+    curve: list[tuple[float, float, float]], left: bool, above: bool
+) -> None:
+    chart = Chart(Scale(0, 10), Scale(0, 1), width=400, height=260)
+    chart.name_level(0.5, "raw weights", "note", curve)
+    place = re.search(r'x="([^"]*)" y="([^"]*)"', chart.svg(""))
+    assert place is not None
+    assert (float(place[1]) < chart.width / 2) == left
+    assert (float(place[2]) < chart.at_y(0.5)) == above

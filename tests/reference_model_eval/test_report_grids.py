@@ -96,8 +96,8 @@ def test_guidance_is_judged_by_paired_differences(
 def test_guidance_has_a_table_for_each_guide_with_the_lowest_outlined(finished_demo: Path):
     text = guidance(load_run(finished_demo), guided_record([2.0, 2.1], [4.0, 4.2]))
     assert re.findall(r"<h3>Guide: (.*?)</h3>", text) == [
-        "σ_rel 0.25 after 400 images",
-        "σ_rel 0.25",
+        "σ<sub>rel</sub> 0.25 after 400 images",
+        "σ<sub>rel</sub> 0.25",
     ]
     assert text.count('class="lowest"') == 1
     assert re.search(r'class="lowest"[^>]*title="2.05 ± 0.05"', text)
