@@ -90,7 +90,8 @@ def combine_files(
         ``[g, pieces]`` hashes, empty if there are to be none; None if a file could not be read.
     """
     files, count = len(descriptors), out.shape[1]
-    coefficients = np.pad(coefficients, ((0, 0), (0, -files % native.TOGETHER)))
+    padded = np.zeros((len(out), files + -files % native.TOGETHER), np.float32)
+    padded[:, :files] = coefficients
     pieces = -(-stored_size(dtype, count) // Digest.PIECE)
     hashes = np.empty((files, pieces if hashed else 0), np.uint64)
     # Of their own names, so that they live as long as the call.
@@ -105,8 +106,8 @@ def combine_files(
         Digest.PIECE // native.ITEM[dtype],
         native.address(base),
         len(out),
-        native.address(coefficients),
-        coefficients.shape[1],
+        native.address(padded),
+        padded.shape[1],
         native.address(out),
         out.strides[0] // out.itemsize,
         native.address(memory),

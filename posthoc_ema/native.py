@@ -73,8 +73,22 @@ def library() -> Any:
         "hash_pieces": (None, [pointer, count, pointer]),
         "combine_files": (
             number,
-            [number, count, pointer, pointer, count, count, pointer, count, pointer, count]
-            + [pointer, count, pointer, pointer],
+            [
+                number,
+                count,
+                pointer,
+                pointer,
+                count,
+                count,
+                pointer,
+                count,
+                pointer,
+                count,
+                pointer,
+                count,
+                pointer,
+                pointer,
+            ],
         ),
     }
     for name, (result, arguments) in signatures.items():

@@ -238,7 +238,9 @@ class _Reader:
         if hashes is None:
             for i in files:
                 self._read(run, [i], start, len(base), again=True)  # which says what is wrong
-            raise SnapshotError(f"reading failed once, among {chosen[0].path} and others: try again")
+            raise SnapshotError(
+                f"reading failed once, among {chosen[0].path} and others: try again"
+            )
         for digest, i, found in zip(digests, files, hashes, strict=False):
             digest.add_hashes(run.sections[i] + skip, found)
         return True
