@@ -117,15 +117,16 @@ __attribute__((always_inline)) static inline void combine_eights(
 
 static void combine_whole_eights(int type, int64_t files, const uint8_t *const *stored,
                                  int64_t count, const float *base, int64_t targets,
-                                 const float *coefficients, double *out, int64_t stride) {
+                                 const float *coefficients, int64_t apart, double *out,
+                                 int64_t stride) {
   for (int64_t i = 0; i < files; i += ROWS) {
     const float *x = coefficients + i;
     if (type == F32)
-      combine_eights(F32, stored + i, count, base, targets, x, files, out, stride);
+      combine_eights(F32, stored + i, count, base, targets, x, apart, out, stride);
     else if (type == F16)
-      combine_eights(F16, stored + i, count, base, targets, x, files, out, stride);
+      combine_eights(F16, stored + i, count, base, targets, x, apart, out, stride);
     else
-      combine_eights(BF16, stored + i, count, base, targets, x, files, out, stride);
+      combine_eights(BF16, stored + i, count, base, targets, x, apart, out, stride);
   }
 }
 
@@ -133,9 +134,9 @@ static void combine_whole_eights(int type, int64_t files, const uint8_t *const *
    whichever others stand beside it. */
 static void combine_floats(int type, int64_t files, const uint8_t *const *stored, int64_t count,
                            const float *base, int64_t targets, const float *coefficients,
-                           double *out, int64_t stride) {
+                           int64_t apart, double *out, int64_t stride) {
   int64_t whole = count & ~(int64_t)7, rest = count - whole;
-  combine_whole_eights(type, files, stored, whole, base, targets, coefficients, out, stride);
+  combine_whole_eights(type, files, stored, whole, base, targets, coefficients, apart, out, stride);
   if (!rest) return;
   size_t size = (size_t)byte_of(type, rest);
   for (int64_t i = 0; i < files; i += ROWS) {
@@ -151,7 +152,7 @@ static void combine_floats(int type, int64_t files, const uint8_t *const *stored
       double total[8] = {0}, *last = out + k * stride + whole;
       memcpy(total, last, (size_t)rest * sizeof(double));
       combine_whole_eights(type, ROWS, rows, 8, base ? from : NULL, 1,
-                           coefficients + k * files + i, total, 8);
+                           coefficients + k * apart + i, apart, total, 8);
       memcpy(last, total, (size_t)rest * sizeof(double));
     }
   }
@@ -160,10 +161,10 @@ static void combine_floats(int type, int64_t files, const uint8_t *const *stored
 
 static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored, int64_t count,
                           const float *base, int64_t targets, const float *coefficients,
-                          double *out, int64_t stride) {
+                          int64_t apart, double *out, int64_t stride) {
 #if defined(HAS_F16C)
   if (type < QUANTISED) {
-    combine_floats(type, files, stored, count, base, targets, coefficients, out, stride);
+    combine_floats(type, files, stored, count, base, targets, coefficients, apart, out, stride);
     return;
   }
 #endif
@@ -183,7 +184,7 @@ static void WITH(combine)(int type, int64_t files, const uint8_t *const *stored,
       }
       for (int64_t k = 0; k < targets; k++) {
         double *total = out + k * stride + start;
-        const float *x = coefficients + k * files + i;
+        const float *x = coefficients + k * apart + i;
         for (int64_t e = 0; e < n; e++)
           total[e] += ((x[0] * rows[0][e] + x[2] * rows[2][e]) +
                        (x[4] * rows[4][e] + x[6] * rows[6][e])) +
@@ -421,4 +422,64 @@ static int WITH(all_finite)(int type, int64_t tensors, const uint8_t *const *sou
     if (found & 0x80000000) return 0;
   }
   return 1;
+}
+
+/* Stripes of XXH3, under keys 8 bytes apart: lanes of 64 bits, each multiplied in halves under its
+   key, and added to its neighbour. */
+static void WITH(hash_stripes)(uint64_t *lanes, const uint8_t *data, const uint8_t *key,
+                               int64_t stripes) {
+#if defined(HAS_F16C)
+  __m256i sums[2];
+  memcpy(sums, lanes, sizeof sums);
+  for (int64_t k = 0; k < stripes; k++)
+    for (int i = 0; i < 2; i++) {
+      const void *at = data + 64 * k + 32 * i, *under = key + 8 * k + 32 * i;
+      __m256i values = _mm256_loadu_si256((const __m256i *)at);
+      __m256i keyed = _mm256_xor_si256(values, _mm256_loadu_si256((const __m256i *)under));
+      __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
+      sums[i] = _mm256_add_epi64(sums[i], _mm256_shuffle_epi32(values, 0x4E));
+      sums[i] = _mm256_add_epi64(sums[i], product);
+    }
+  memcpy(lanes, sums, sizeof sums);
+#else
+  for (int64_t k = 0; k < stripes; k++)
+    for (int i = 0; i < 8; i++) {
+      uint64_t value = load_word(data + 64 * k + 8 * i);
+      uint64_t keyed = value ^ load_word(key + 8 * k + 8 * i);
+      lanes[i ^ 1] += value;
+      lanes[i] += (keyed & 0xFFFFFFFF) * (keyed >> 32);
+    }
+#endif
+}
+
+/* Between as many stripes as there are keys. */
+static void WITH(hash_scramble)(uint64_t *lanes, const uint8_t *key) {
+#if defined(HAS_F16C) /* by halves: a compiler makes twenty shifts of the product */
+  const __m256i prime = _mm256_set1_epi32((int)0x9E3779B1U);
+  for (int i = 0; i < 8; i += 4) {
+    __m256i *four = (__m256i *)(void *)(lanes + i), lane = _mm256_loadu_si256(four);
+    lane = _mm256_xor_si256(lane, _mm256_srli_epi64(lane, 47));
+    lane = _mm256_xor_si256(lane, _mm256_loadu_si256((const __m256i *)(const void *)(key + 8 * i)));
+    __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(lane, 32), prime);
+    lane = _mm256_add_epi64(_mm256_mul_epu32(lane, prime), _mm256_slli_epi64(high, 32));
+    _mm256_storeu_si256(four, lane);
+  }
+#else
+  for (int i = 0; i < 8; i++)
+    lanes[i] = (lanes[i] ^ lanes[i] >> 47 ^ load_word(key + 8 * i)) * 0x9E3779B1U;
+#endif
+}
+
+/* XXH3 of 64 bits, without a seed, of more than 240 bytes. */
+static uint64_t WITH(hash)(const uint8_t *data, int64_t size) {
+  uint64_t lanes[8];
+  memcpy(lanes, HASH_START, sizeof lanes);
+  int64_t whole = (size - 1) / 1024;
+  for (int64_t n = 0; n < whole; n++) {
+    WITH(hash_stripes)(lanes, data + 1024 * n, HASH_KEY, 16);
+    WITH(hash_scramble)(lanes, HASH_KEY + 128);
+  }
+  WITH(hash_stripes)(lanes, data + 1024 * whole, HASH_KEY, (size - 1) % 1024 / 64);
+  WITH(hash_stripes)(lanes, data + size - 64, HASH_KEY + 121, 1);
+  return hash_end(lanes, size);
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from posthoc_ema import native
-from posthoc_ema.encoding import decode_into, stored_size
+from posthoc_ema.encoding import Digest, decode_into, stored_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,6 +59,61 @@ def combine(
         native.address(out),
         out.strides[0] // out.itemsize,
     )
+
+
+def combine_files(
+    descriptors: Sequence[int],
+    offsets: Sequence[int],
+    dtype: str,
+    base: NDArray[Any],
+    coefficients: NDArray[Any],
+    out: NDArray[Any],
+    *,
+    buffer: Callable[[int], NDArray[np.uint8]],
+    hashed: bool,
+) -> NDArray[np.uint64] | None:
+    """As :func:`combine`, of open files: read, hashed and combined while they are in the cache.
+
+    Needs the compiled loops.
+
+    Args:
+        descriptors: Of ``g`` files.
+        offsets: Of the first element in each.
+        dtype: As there; one of :data:`posthoc_ema.native.ITEM`.
+        base: As there.
+        coefficients: ``[k, g]`` float32.
+        out: As there.
+        buffer: Gives memory of so many bytes.
+        hashed: Hash what is read, too: whole pieces of a :class:`~posthoc_ema.encoding.Digest`.
+
+    Returns:
+        ``[g, pieces]`` hashes, empty if there are to be none; None if a file could not be read.
+    """
+    files, count = len(descriptors), out.shape[1]
+    padded = np.zeros((len(out), files + -files % native.TOGETHER), np.float32)
+    padded[:, :files] = coefficients
+    pieces = -(-stored_size(dtype, count) // Digest.PIECE)
+    hashes = np.empty((files, pieces if hashed else 0), np.uint64)
+    # Of their own names, so that they live as long as the call.
+    opened, starts = np.array(descriptors, np.int64), np.array(offsets, np.int64)
+    memory = buffer(native.TOGETHER * Digest.PIECE)
+    read = native.library().combine_files(
+        native.TYPES[dtype],
+        files,
+        native.address(opened),
+        native.address(starts),
+        count,
+        Digest.PIECE // native.ITEM[dtype],
+        native.address(base),
+        len(out),
+        native.address(padded),
+        padded.shape[1],
+        native.address(out),
+        out.strides[0] // out.itemsize,
+        native.address(memory),
+        native.address(hashes) if hashed else None,
+    )
+    return hashes if read else None
 
 
 def finish(total: NDArray[np.float64], base: NDArray[Any], out: NDArray[Any]) -> bool:

@@ -70,6 +70,26 @@ def library() -> Any:
             [number, count, pointer, pointer, pointer, pointer, count, pointer],
         ),
         "all_finite": (number, [number, count, pointer, pointer]),
+        "hash_pieces": (None, [pointer, count, pointer]),
+        "combine_files": (
+            number,
+            [
+                number,
+                count,
+                pointer,
+                pointer,
+                count,
+                count,
+                pointer,
+                count,
+                pointer,
+                count,
+                pointer,
+                count,
+                pointer,
+                pointer,
+            ],
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
@@ -84,6 +104,9 @@ def address(array: NDArray[Any]) -> int:
 
 def addresses(arrays: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.uint64]:
     """Of the first elements of several arrays, as C takes a list of pointers."""
+    if isinstance(arrays, np.ndarray):
+        steps = np.arange(len(arrays), dtype=np.uint64) * np.uint64(arrays.strides[0])
+        return steps + np.uint64(address(arrays))
     return np.array([address(array) for array in arrays], np.uint64)
 
 

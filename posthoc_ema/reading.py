@@ -47,12 +47,12 @@ class OpenFile:
     """One open file; errors name it."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor = path, descriptor
+        self.path, self.descriptor = path, descriptor
 
     def read(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` with the bytes from ``offset`` on."""
         try:
-            read_range(self._descriptor, offset, out)
+            read_range(self.descriptor, offset, out)
         except EOFError as error:
             raise CorruptSnapshotError(
                 f"{self.path} was truncated while it was read ({error})"
@@ -93,22 +93,22 @@ class FileCheck:
     ) -> None:
         self._path, self._section, self._expected = path, section, expected
         self._entries = entries
-        self._digest = Digest(sum(entry.nbytes for entry in entries))
+        self.digest = Digest(sum(entry.nbytes for entry in entries))
 
     def add(self, start: int, data: NDArray[np.uint8]) -> None:
         """Take in what was read."""
-        self._digest.add(start, data)
+        self.digest.add(start, data)
 
     def finish(self, progress: Progress = lambda nbytes: None) -> None:
         """Read what was not added, and compare."""
-        missing = list(self._digest.missing())
+        missing = list(self.digest.missing())
         if missing:
             starts = list(accumulate((entry.nbytes for entry in self._entries), initial=0))[:-1]
             with open_file(self._path) as file:
                 for start, size in missing:
-                    self._digest.add(start, self._piece(file, starts, start, size))
+                    self.digest.add(start, self._piece(file, starts, start, size))
                     progress(size)
-        if self._digest.hexdigest() != self._expected:
+        if self.digest.hexdigest() != self._expected:
             raise CorruptSnapshotError(
                 f"{self._path} is damaged: the digest of its {self._section} does not match, so at "
                 "least one byte changed after it was written. Restore it from a copy, or delete it "

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from posthoc_ema import native
 from posthoc_ema.blocks import BLOCK
 from posthoc_ema.chain import is_residual, stored_coefficients, with_inputs
 from posthoc_ema.encoding import Digest, block_bits, decode_into, stored_size
-from posthoc_ema.errors import NonFiniteError
-from posthoc_ema.kernels import combine, finish
-from posthoc_ema.reading import Check, Reader
+from posthoc_ema.errors import NonFiniteError, SnapshotError
+from posthoc_ema.kernels import combine, combine_files, finish
+from posthoc_ema.reading import Check, FileCheck, OpenFile, Reader
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
 from posthoc_ema.workers import Workers
@@ -176,29 +177,77 @@ class _Reader:
         total = self._buffer("total", len(run.coefficients) * count * 8).view(np.float64)
         total = total.reshape(len(run.coefficients), count)
         total.fill(0)
-        exact = [(t, base) for t, i in run.copied if i == run.reference]
         for files in run.together:
-            stored_as = run.dtypes[files[0]]
-            stored = self._read(run, files, start, count)
-            factors = np.ascontiguousarray(run.coefficients[:, files])
-            # Residuals are differences already.
-            combine(stored, stored_as, None if block_bits(stored_as) else base, factors, total)
-            for target, i in run.copied:
-                if i in files:
-                    values = np.empty(count, dtype)
-                    decode_into(stored[files.index(i)], stored_as, values)
-                    exact.append((target, values))
+            if self._combine_files(run, files, start, base, total):
+                continue
+            for some in (files[k : k + _TOGETHER] for k in range(0, len(files), _TOGETHER)):
+                stored_as = run.dtypes[some[0]]
+                stored = self._read(run, some, start, count)
+                factors = np.ascontiguousarray(run.coefficients[:, some])
+                # Residuals are differences already.
+                combine(stored, stored_as, None if block_bits(stored_as) else base, factors, total)
         out = self._buffer("out", len(run.coefficients) * count * dtype.itemsize).view(dtype)
         out = out.reshape(total.shape)
         finite = finish(total, base, out)
-        for target, values in exact:
-            out[target] = values
+        for target, i in run.copied:
+            if i == run.reference:
+                out[target] = base
+            else:
+                stored = self._read(run, [i], start, count, again=True)
+                decode_into(stored[0], run.dtypes[i], out[target])
         if not (finite or np.isfinite(out).all()):  # those put in place may be all right
             _raise_non_finite(self._snapshots, run, start, out)
         write(start, out)
         return count
 
-    def _read(self, run: _Run, files: Sequence[int], start: int, count: int) -> NDArray[np.uint8]:
+    def _combine_files(
+        self,
+        run: _Run,
+        files: Sequence[int],
+        start: int,
+        base: NDArray[Any],
+        total: NDArray[np.float64],
+    ) -> bool:
+        """Add the same elements of files of one type, if compiled loops can read them."""
+        dtype = run.dtypes[files[0]]
+        if dtype not in native.ITEM or base.dtype != np.float32 or native.library() is None:
+            return False
+        skip, size = stored_size(dtype, start), stored_size(dtype, len(base))
+        chosen, digests = [], []
+        for i in files:
+            file = self._files[i] if i < len(self._files) else None
+            if not isinstance(file, OpenFile):
+                return False
+            chosen.append(file)
+            if self._checks:
+                check = self._checks[i]
+                if not (isinstance(check, FileCheck)
+                        and check.digest.takes_hashes(run.sections[i] + skip, size)):  # fmt: skip
+                    return False
+                digests.append(check.digest)
+        hashes = combine_files(
+            [file.descriptor for file in chosen],
+            [run.offsets[i] + skip for i in files],
+            dtype,
+            base,
+            run.coefficients[:, files],
+            total,
+            buffer=partial(self._buffer, "stored"),
+            hashed=bool(digests),
+        )
+        if hashes is None:
+            for i in files:
+                self._read(run, [i], start, len(base), again=True)  # which says what is wrong
+            raise SnapshotError(
+                f"reading failed once, among {chosen[0].path} and others: try again"
+            )
+        for digest, i, found in zip(digests, files, hashes, strict=False):
+            digest.add_hashes(run.sections[i] + skip, found)
+        return True
+
+    def _read(
+        self, run: _Run, files: Sequence[int], start: int, count: int, *, again: bool = False
+    ) -> NDArray[np.uint8]:
         """The same elements of a few files, as bytes, one file to a row; and digest them."""
         size = stored_size(run.dtypes[files[0]], count)
         rows = self._buffer("stored", len(files) * size).reshape(len(files), size)
@@ -212,7 +261,7 @@ class _Reader:
             else:
                 with snapshot.opened() as file:
                     file.read(run.offsets[i] + skip, row)
-            if self._checks:
+            if self._checks and not again:
                 self._checks[i].add(run.sections[i] + skip, row)
         return rows
 
@@ -302,12 +351,8 @@ def _run(
 
 
 def _together(chosen: Sequence[int], dtypes: Sequence[str]) -> list[list[int]]:
-    """Files in groups of one type, few enough for a thread's buffer."""
-    groups: list[list[int]] = []
-    for dtype in sorted({dtypes[i] for i in chosen}):
-        files = [i for i in chosen if dtypes[i] == dtype]
-        groups += [files[k : k + _TOGETHER] for k in range(0, len(files), _TOGETHER)]
-    return groups
+    """Files in groups of one type."""
+    return [[i for i in chosen if dtypes[i] == d] for d in sorted({dtypes[i] for i in chosen})]
 
 
 def _raise_non_finite(used: Sequence[Snapshot], run: _Run, start: int, block: NDArray[Any]) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
 
 from posthoc_ema import EMA, native, reconstruct
 from posthoc_ema.blocks import BITS
-from posthoc_ema.encoding import decode_into, encode, measure, stored_size
-from posthoc_ema.kernels import combine, finish
+from posthoc_ema.encoding import Digest, decode_into, encode, measure, stored_size
+from posthoc_ema.kernels import combine, combine_files, finish
 from tests.parity.runs import record
 
 COMPILED = native.library()
@@ -149,6 +151,73 @@ def test_sums_do_not_depend_on_what_stands_beside_them(loops: str, dtype: str) -
             assert np.array_equal(combined(left, right), whole[:, left:right])
         else:  # BLAS sums as it likes: a few roundings of single precision
             assert np.abs(combined(left, right) - whole[:, left:right]).max() < 5e-6
+
+
+@needs_compiled
+def test_hashes_are_those_of_xxhash() -> None:
+    """Whole pieces, and rests of every kind: stripes of 64 bytes, blocks of 1024."""
+    sizes = [241, 255, 256, 257, 1024, 1025, 1088, 1089, 5000, 65_535, 65_536, 65_777, 200_000]
+    for size in sizes:
+        data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+        pieces = [data[k : k + Digest.PIECE] for k in range(0, size, Digest.PIECE)]
+        found = np.empty(len(pieces), np.uint64)
+        COMPILED.hash_pieces(native.address(data), size, native.address(found))
+        assert found.tolist() == [xxhash.xxh3_64_intdigest(piece) for piece in pieces], size
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("files", [1, 8, 11])
+def test_files_are_combined_like_rows(tmp_path: Path, dtype: str, files: int) -> None:
+    """Bit for bit, and their hashes are those of a digest; a file that ends early is told."""
+    count, before = 70_001, 100  # several pieces, and a rest
+    rng = np.random.default_rng(files)
+    rows = [encode(rng.normal(size=count).astype(np.float32), dtype)[0] for _ in range(files)]
+    base = rng.normal(size=count).astype(np.float32)
+    coefficients = rng.normal(size=(3, files)).astype(np.float32)
+    expected = np.ones((3, count))
+    combine(rows, dtype, base, coefficients, expected)
+
+    with ExitStack() as stack:
+        opened = []
+        for k, row in enumerate(rows):
+            path = tmp_path / str(k)
+            path.write_bytes(b"x" * (before + k) + row.tobytes())
+            opened.append(stack.enter_context(open(path, "r+b")))
+        descriptors, offsets = [f.fileno() for f in opened], [before + k for k in range(files)]
+        # Columns chosen from many lie in memory the other way round.
+        arguments = (descriptors, offsets, dtype, base, np.asfortranarray(coefficients))
+        found = np.ones((3, count))
+        hashes = combine_files(*arguments, found, buffer=memory, hashed=True)
+        assert hashes is not None
+        assert found.tobytes() == expected.tobytes()
+        for row, known in zip(rows, hashes, strict=True):
+            digest, plain = Digest(len(row)), Digest(len(row))
+            assert digest.takes_hashes(0, len(row))
+            digest.add_hashes(0, known)
+            plain.add(0, row)
+            assert digest.hexdigest() == plain.hexdigest()
+        again = np.ones((3, count))
+        unhashed = combine_files(*arguments, again, buffer=memory, hashed=False)
+        assert unhashed is not None
+        assert unhashed.size == 0
+        assert again.tobytes() == expected.tobytes()
+
+        opened[-1].truncate(before + files - 1 + len(rows[-1]) - 1)
+        assert combine_files(*arguments, found, buffer=memory, hashed=True) is None
+
+
+def test_pieces_that_cannot_be_hashed_apart() -> None:
+    digest = Digest(3 * Digest.PIECE + 240)
+    assert digest.takes_hashes(Digest.PIECE, 2 * Digest.PIECE)
+    assert not digest.takes_hashes(1, Digest.PIECE), "beginning within a piece"
+    assert not digest.takes_hashes(0, Digest.PIECE + 5000), "ending within a piece"
+    assert not digest.takes_hashes(0, 3 * Digest.PIECE + 240), "a rest of other rules"
+    assert Digest(Digest.PIECE + 241).takes_hashes(Digest.PIECE, 241)
+
+
+def memory(size: int) -> Any:
+    return np.empty(size, np.uint8)
 
 
 def test_magnitudes(loops: str) -> None:
