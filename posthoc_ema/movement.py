@@ -245,32 +245,34 @@ class _Model:
         self.interval = _interval(edges, nodes)
         self.starts = np.searchsorted(self.interval, np.arange(len(edges) - 1))
         self.tau, self.end = nodes / edges[-1], edges[-1]
+        self.parts = list(map(slice, self.starts, [*self.starts[1:], len(nodes)]))
+        self.noisy = self._products(np.sqrt(mass)[:, None] * rows)
         # Differences lie between nodes, mostly of one interval.
-        slopes = _slopes(nodes, np.ones(len(nodes)), rows)
-        stops = [*self.starts[1:], len(nodes)]
-        self.jitter = self.end**2 * np.stack(
-            [slopes[a:b].T @ slopes[a:b] for a, b in zip(self.starts, stops, strict=True)]
-        )
+        self.jitter = self.end**2 * self._products(_slopes(nodes, np.ones(len(nodes)), rows))
         # Neighbouring differences share a snapshot, and its rounding.
         self.noise = np.diag(noise[1:] + noise[:-1])
         shared = np.arange(len(noise) - 2)
         self.noise[shared, shared + 1] = self.noise[shared + 1, shared] = -noise[1:-1]
 
+    def _products(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Gram matrices of the rows of each interval: what a rate of one there gives."""
+        return np.stack([rows[part].T @ rows[part] for part in self.parts])
+
     def covariance(self, p: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Σ ``[n-1, n-1]`` and its derivatives ``[K+2, n-1, n-1]``."""
         rates, (drift, jitter) = np.exp(p[:-2]), np.exp(p[-2:]) / [self.end, 1]
         rate = rates[self.interval]
-        noisy = np.sqrt(self.mass * rate)[:, None] * self.rows
         slow = (self.mass * np.sqrt(rate))[:, None] * self.rows
         fading = np.exp(-self.tau)[:, None]
         # exp(-|τ_i - τ_j|) times the columns, by sums from both sides.
         spread = fading * np.cumsum(slow / fading, axis=0) - slow
         spread += np.cumsum((fading * slow)[::-1], axis=0)[::-1] / fading
         derivatives = np.empty((len(p), rows := self.rows.shape[1], rows))
-        stops = [*self.starts[1:], len(rate)]
-        for k, part in enumerate(map(slice, self.starts, stops)):
-            cross = slow[part].T @ spread[part]
-            derivatives[k] = noisy[part].T @ noisy[part] + (drift / 2) * (cross + cross.T)
+        np.multiply(rates[:, None, None], self.noisy, out=derivatives[:-2])
+        for part, derivative in zip(self.parts, derivatives, strict=False):
+            cross = slow[part].T @ ((drift / 2) * spread[part])
+            derivative += cross
+            derivative += cross.T
         derivatives[-2] = drift * (slow.T @ spread)
         if jitter:
             jittery = jitter * rates[:, None, None] * self.jitter
