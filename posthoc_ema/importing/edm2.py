@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ _NAME = re.compile(r"(?P<run>.+)-(?P<kimg>\d+)-(?P<std>\d*\.\d+)\.pkl")
 _PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 _MOST_NESTED = 200
+_MOST_MODULES = 100_000
+_LONGEST_NAME = 4096
 
 
 def recognise(files: Sequence[Path]) -> bool:
-    """Whether all files have names of that code's pickles."""
-    return bool(files) and all(_NAME.fullmatch(path.name) for path in files)
+    """Whether there are names of that code's pickles; if others are among them, they are told."""
+    return any(_NAME.fullmatch(path.name) for path in files)
 
 
 def image_count(kimg: int) -> int:
@@ -64,7 +67,10 @@ def read_run(files: Sequence[Path], options: Options) -> ForeignRun:
             )
         if not (t := image_count(int(match["kimg"]))):
             continue  # the weights before training
-        profile = PowerFunction(sigma_rel=float(match["std"]))
+        try:
+            profile = PowerFunction(sigma_rel=float(match["std"]))
+        except ValueError as error:
+            raise SnapshotError(f"{path} names an average that there is not: {error}") from error
         read = _Network(path, options.allow).contents
         found.setdefault(match["run"], []).append(ForeignSnapshot(path, (path,), t, profile, read))
     remarks = []
@@ -100,7 +106,8 @@ class _Network:
         tensors: list[ForeignTensor] = []
         aliases: dict[str, str] = {}
         known: dict[int, str] = {}
-        for name, tensor, averaged in self._walk(network, "", ()):
+        visits = count(1)
+        for name, tensor, averaged in self._walk(network, "", (), visits):
             first = known.setdefault(id(tensor), name)
             if first != name:
                 aliases[name] = first
@@ -112,20 +119,27 @@ class _Network:
         return Contents(tensors, aliases)
 
     def _walk(
-        self, module: Record, prefix: str, above: tuple[Record, ...]
+        self, module: Record, prefix: str, above: tuple[Record, ...], visits: Iterator[int]
     ) -> Iterator[tuple[str, StoredTensor, bool]]:
         """Parameters and buffers in the order of ``state_dict``."""
         if module in above or len(above) > _MOST_NESTED:
-            raise CorruptSnapshotError(f"{self.path}: the module {prefix!r} holds itself")
+            raise CorruptSnapshotError(f"{self.path}: the module {prefix!r:.200} holds itself")
+        # Modules that each hold another one twice are as many as powers of two.
+        if next(visits) > _MOST_MODULES or len(prefix) > _LONGEST_NAME:
+            raise CorruptSnapshotError(
+                f"{self.path} holds more modules, or longer names, than any network; leave it out"
+            )
         state = _state(module)
-        passing = state.get("_non_persistent_buffers_set") or ()
+        passing = state.get("_non_persistent_buffers_set") or set()
+        if not isinstance(passing, set):
+            raise CorruptSnapshotError(f"{self.path}: {prefix!r} has damaged buffers")
         for section, averaged in (("_parameters", True), ("_buffers", False)):
             for key, tensor in self._named(state, section, prefix):
                 if isinstance(tensor, StoredTensor) and key not in passing:
                     yield prefix + key, tensor, averaged
         for key, child in self._named(state, "_modules", prefix):
             if isinstance(child, Record):
-                yield from self._walk(child, f"{prefix}{key}.", (*above, module))
+                yield from self._walk(child, f"{prefix}{key}.", (*above, module), visits)
 
     def _named(self, state: dict[str, Any], section: str, prefix: str) -> list[tuple[str, Any]]:
         held = _entries(state.get(section) or {})

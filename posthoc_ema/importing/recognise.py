@@ -8,8 +8,9 @@ from pathlib import Path
 from posthoc_ema.errors import SnapshotError
 from posthoc_ema.importing import checkpoints, edm2, ema_pytorch
 from posthoc_ema.importing.foreign import ForeignRun, ForeignSnapshot, Options
-from posthoc_ema.importing.state_dict import is_checkpoint
+from posthoc_ema.importing.layout import is_checkpoint, why_no_weights
 from posthoc_ema.profiles import Profile
+from posthoc_ema.snapshots import SnapshotStore
 
 KINDS = (edm2.KIND, ema_pytorch.KIND, checkpoints.LISTED, checkpoints.NUMBERED)
 
@@ -46,18 +47,26 @@ def read_run(
         pickles = [file for file in chosen if file.suffix == ".pkl"]
         if kind or edm2.recognise(pickles):
             return _sorted(edm2.read_run(pickles, options), source)
-    if kind == ema_pytorch.KIND or (kind is None and ema_pytorch.recognise(chosen)):
-        return _sorted(ema_pytorch.read_run(chosen, options), source)
+    tracks = [file for file in chosen if file.suffix == ".pt"]
+    if kind == ema_pytorch.KIND or (kind is None and ema_pytorch.recognise(tracks)):
+        return _sorted(ema_pytorch.read_run(tracks, options), source)
     if kind == checkpoints.LISTED:
         raise ValueError("kind='list' needs csv=, the table of times and profiles")
+    if isinstance(source, Path) and source.is_dir() and SnapshotStore(source).scan()[0]:
+        raise SnapshotError(
+            f"{source} holds snapshots of this library already; there is nothing to import. To "
+            "write them once more, use convert"
+        )
     found = [path for path in chosen if is_checkpoint(path)]
     if not found:
         raise SnapshotError(
             f"{_named(source)} holds nothing that is understood; expected network-snapshot-*.pkl, "
             "{track}.{step}.pt, checkpoints (.safetensors, .pt, folders) with a number in their "
             f"names, or a CSV. What is there: {', '.join(f.name for f in chosen[:5])}"
+            + next(filter(None, map(why_no_weights, filter(Path.is_dir, chosen))), "")
         )
-    return _sorted(checkpoints.read_numbered(found, options), source)
+    listed = not isinstance(source, Path)
+    return _sorted(checkpoints.read_numbered(found, options, from_parents=listed), source)
 
 
 def _files(source: Path | Sequence[Path]) -> list[Path]:
@@ -90,6 +99,7 @@ def _sorted(run: ForeignRun, source: Path | Sequence[Path]) -> ForeignRun:
         if twin is not snapshot:
             raise SnapshotError(
                 f"{twin.path} and {snapshot.path} both hold t={snapshot.t}, "
-                f"{snapshot.profile}; leave one of them out"
+                f"{snapshot.profile}; leave one of them out: name the files that you mean as "
+                "SOURCE, or list them in a CSV"
             )
     return ForeignRun(run.kind, run.unit, snapshots, run.remarks)
