@@ -346,7 +346,7 @@ class EMA:
         Raises:
             ValueError: If the state is not one of :class:`EMA`, or has other tracks or names.
         """
-        missing = _STATE_KEYS - set(state)
+        missing = _STATE_KEYS - set(state if isinstance(state, Mapping) else ())
         if missing:
             raise ValueError(
                 f"this is no state of EMA.state_dict: it lacks {', '.join(sorted(missing))}. A "

@@ -25,7 +25,14 @@ from posthoc_ema.importing.foreign import (
 )
 from posthoc_ema.importing.pickle_data import Allowed, Global, Record, read_pickle
 from posthoc_ema.importing.region import Cursor, Region
-from posthoc_ema.importing.torch_data import LOAD_STORAGE, StoredTensor, allowing, tensor_maker
+from posthoc_ema.importing.torch_data import (
+    LOAD_STORAGE,
+    StoredTensor,
+    allowing,
+    is_zip,
+    read_torch_file,
+    tensor_maker,
+)
 from posthoc_ema.profiles import PowerFunction
 
 KIND = "edm2"
@@ -95,8 +102,12 @@ class _Network:
 
     def contents(self) -> Contents:
         """The network's tensors by the names of its state dict."""
-        cursor = Cursor(Region.of_file(self.path))
-        data = _entries(read_pickle(cursor, _allowing(self.allow), tensor_maker(self.path)))
+        allowed = _allowing(self.allow)
+        if is_zip(self.path):  # written once more, by torch.save
+            data = _entries(read_torch_file(self.path, allowed))
+        else:
+            cursor = Cursor(Region.of_file(self.path))
+            data = _entries(read_pickle(cursor, allowed, tensor_maker(self.path)))
         network = data.get("ema", data.get("net")) if isinstance(data, dict) else None
         if not isinstance(network, Record):
             raise CorruptSnapshotError(

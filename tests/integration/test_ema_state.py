@@ -359,6 +359,9 @@ def test_a_state_that_does_not_fit_changes_nothing(state: Any) -> None:
 def test_incomplete_states_are_refused(state: Any) -> None:
     with pytest.raises(ValueError, match=r"no state of EMA\.state_dict: it lacks .*averages"):
         EMA().load_state_dict({})
+    nothing: Any = {"model": {}}.get("ema")  # as a checkpoint from before the EMA gives it
+    with pytest.raises(ValueError, match="from before the EMA was added has none"):
+        EMA().load_state_dict(nothing)
     with pytest.raises(ValueError, match="it lacks clock"):
         EMA(sigma_rel=(0.05, 0.1)).load_state_dict({k: v for k, v in state.items() if k != "clock"})
     with pytest.raises(ValueError, match="averages"):
