@@ -198,8 +198,8 @@ class _Machine:
     def refuse(self, what: str) -> None:
         raise UnsafePickleError(
             f"{self.cursor.region.path} refers to {what:.200}, which weights have no need of; "
-            "nothing was executed. If you know what it is, allow it by its name: it is then read as data, "
-            "and not executed either"
+            "nothing was executed. If you know what it is, allow it by its name: it is then read "
+            "as data, and not executed either"
         )
 
     # Objects

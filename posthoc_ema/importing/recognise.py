@@ -57,7 +57,9 @@ def read_run(
             f"{source} holds snapshots of this library already; there is nothing to import. To "
             "write them once more, use convert"
         )
-    found = [path for path in chosen if is_checkpoint(path)]
+    # Folders without a number, such as one of images, are looked into only if there is no other.
+    likely = [path for path in chosen if any(map(str.isdigit, path.name)) or not path.is_dir()]
+    found = list(filter(is_checkpoint, likely)) or list(filter(is_checkpoint, chosen))
     if not found:
         raise SnapshotError(
             f"{_named(source)} holds nothing that is understood; expected network-snapshot-*.pkl, "

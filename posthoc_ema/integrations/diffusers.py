@@ -72,8 +72,8 @@ class EMAModel:
             raise TypeError(
                 f"{', '.join(theirs)} of diffusers' EMAModel {'is' if len(theirs) == 1 else 'are'} "
                 "not needed here: leave out what names the model or warms up, and for an average "
-                "of constant decay write EMAModel(unet, sigma_rel=posthoc_ema.Exponential.from_beta("
-                "0.9999))"
+                "of constant decay write EMAModel(unet, sigma_rel=posthoc_ema.Exponential."
+                "from_beta(0.9999))"
             )
         self.ema = EMA(sigma_rel, **options)
         check_track(self.ema, validate_with, "validate_with")
