@@ -253,22 +253,7 @@ def _check(snapshots: Sequence[ForeignSnapshot]) -> None:
     """
     first: dict[str, tuple[int, ...]] | None = None
     for snapshot in snapshots:
-        contents = snapshot.open()
-        shapes = {tensor.name: tensor.shape for tensor in contents.tensors if tensor.averaged}
-        if not shapes:
-            raise SnapshotError(f"{snapshot.path} holds no weights of a floating-point type")
-        for name in (*(tensor.name for tensor in contents.tensors), *contents.aliases):
-            if name in ("", "__metadata__") or not _is_text(name):
-                raise CorruptSnapshotError(
-                    f"{snapshot.path} has a tensor called {name!r:.80}, which files cannot hold; "
-                    "rename it, or leave the file out"
-                )
-        held = sum(path.stat().st_size for path in snapshot.files)
-        if sum(tensor.nbytes for tensor in contents.tensors) > _MOST_VIEWED * held:
-            raise CorruptSnapshotError(
-                f"{snapshot.path} has tensors of many times the bytes that it holds, all of the "
-                "same numbers: no weights are like that. Leave it out"
-            )
+        shapes = _shapes(snapshot)
         first = shapes if first is None else first
         if shapes != first:
             name = next(n for n in {**first, **shapes} if first.get(n) != shapes.get(n))
@@ -278,6 +263,31 @@ def _check(snapshots: Sequence[ForeignSnapshot]) -> None:
                 f"{first.get(name, 'none')} there. Leave it out; or, if there are several sets of "
                 "weights, say which with subfolder= or key="
             )
+
+
+def _shapes(snapshot: ForeignSnapshot) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of one file, which is not kept in memory.
+
+    Raises:
+        SnapshotError: As :func:`_check`.
+    """
+    contents = snapshot.open()
+    shapes = {tensor.name: tensor.shape for tensor in contents.tensors if tensor.averaged}
+    if not shapes:
+        raise SnapshotError(f"{snapshot.path} holds no weights of a floating-point type")
+    for name in (*(tensor.name for tensor in contents.tensors), *contents.aliases):
+        if name in ("", "__metadata__") or not _is_text(name):
+            raise CorruptSnapshotError(
+                f"{snapshot.path} has a tensor called {name!r:.80}, which files cannot hold; "
+                "rename it, or leave the file out"
+            )
+    held = sum(path.stat().st_size for path in snapshot.files)
+    if sum(tensor.nbytes for tensor in contents.tensors) > _MOST_VIEWED * held:
+        raise CorruptSnapshotError(
+            f"{snapshot.path} has tensors of many times the bytes that it holds, all of the "
+            "same numbers: no weights are like that. Leave it out"
+        )
+    return shapes
 
 
 def _is_text(name: str) -> bool:
