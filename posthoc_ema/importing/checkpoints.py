@@ -147,7 +147,7 @@ def read_list(table: Path, root: Path, options: Options) -> ForeignRun:
                     snapshots.append(_snapshot(path, files, t, profile, options))
                 except (ValueError, TypeError) as error:
                     raise SnapshotError(f"{where}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SnapshotError(f"{table} cannot be read ({error})") from error
     return ForeignRun(LISTED, options.unit or "steps", snapshots)
 

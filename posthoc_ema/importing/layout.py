@@ -60,6 +60,8 @@ def sets_of_weights(folder: Path, deepest: int = _DEEPEST) -> dict[str, Path]:
     if not deepest:
         return found
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if inner.is_symlink() and folder.resolve().is_relative_to(inner.resolve()):
+            continue  # to itself, or above
         if not _OTHER_FOLDERS.match(inner.name) and not _OTHERS.match(inner.name):
             held = sets_of_weights(inner, deepest - 1)
             for name, path in held.items():

@@ -44,10 +44,10 @@ def read_run(
     if not chosen:
         raise SnapshotError(f"{_named(source)} holds no snapshots of kind {kind or 'known'}")
     if kind in (None, edm2.KIND):
-        pickles = [file for file in chosen if file.suffix == ".pkl"]
+        pickles = [file for file in chosen if file.suffix == ".pkl" and file.is_file()]
         if kind or edm2.recognise(pickles):
             return _sorted(edm2.read_run(pickles, options), source)
-    tracks = [file for file in chosen if file.suffix == ".pt"]
+    tracks = [file for file in chosen if file.suffix == ".pt" and file.is_file()]
     if kind == ema_pytorch.KIND or (kind is None and ema_pytorch.recognise(tracks)):
         return _sorted(ema_pytorch.read_run(tracks, options), source)
     if kind == checkpoints.LISTED:
@@ -75,14 +75,15 @@ def _files(source: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(source, Path):
         files = list(source)
     elif source.is_dir():
-        files = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+        # No pipes, which would be waited for, nor links to what is gone.
+        there = [path for path in source.iterdir() if path.is_file() or path.is_dir()]
+        files = sorted(path for path in there if not path.name.startswith("."))
     else:
         files = [source]
-    missing = [path for path in files if not path.exists()]
+    missing = [path for path in files if not (path.is_file() or path.is_dir())]
     if missing or not files:
-        raise SnapshotError(
-            f"{missing[0] if missing else source} {'does not exist' if missing else 'is empty'}"
-        )
+        what = f"{missing[0]} is no file or folder that exists" if missing else f"{source} is empty"
+        raise SnapshotError(what)
     return files
 
 

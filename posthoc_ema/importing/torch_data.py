@@ -54,7 +54,7 @@ _NAMES = (
     | {f"torch.storage.{name}" for name in (*_STORAGES, "TypedStorage")}
     | {f"torch._utils.{name}" for name in _REBUILT}
     | {"torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
-    | {"torch.serialization._get_layout"}
+    | {"torch.serialization._get_layout", "torch._tensor._rebuild_from_type_v2"}
 )
 _PLAIN = {
     "collections.OrderedDict", "collections.defaultdict", "collections.Counter",
@@ -69,6 +69,7 @@ _PLAIN = {
         for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
     ),
 }  # fmt: skip
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 LOAD_STORAGE = "torch.storage._load_from_bytes"
 _MOST_DIMENSIONS = 64  # of torch and numpy alike
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -180,12 +181,22 @@ def tensor_maker(path: Path) -> Make:
             storage, offset, shape, strides = args[:4]
             if not isinstance(storage, Storage):
                 raise ValueError("a tensor without a storage")
+            lazy = args[7:8] if name.endswith("_v3") else args[6:7]
+            if lazy and lazy[0]:  # marks of conjugates and negatives, which are not in the bytes
+                raise ValueError("a tensor that is a conjugate or negative of what is stored")
             dtype = (
                 _DTYPES[describe(args[6]).removeprefix("torch.")]
                 if name.endswith("_v3")
                 else storage.dtype
             )
             return StoredTensor(dtype, tuple(shape), storage, offset, tuple(strides))
+        if name == _FROM_TYPE:  # of a subclass, or with attributes
+            inner = args[0]
+            if not (isinstance(inner, Global) and str(inner).startswith("torch._utils._rebuild")):
+                raise ValueError("a tensor that is made by another name")
+            if not isinstance(args[2], tuple):
+                raise ValueError("a tensor without a storage")
+            return make(inner, args[2])
         if name == "torch.Size":
             return tuple(args[0])
         return as_record(maker, args)

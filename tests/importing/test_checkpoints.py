@@ -268,7 +268,7 @@ def test_misuse(tmp_path: Path, files: Any, options: Any, error: Any, message: s
         save_file(weights(1), tmp_path / "run" / name)
     with pytest.raises(error, match=message):
         import_snapshots(tmp_path / "run", tmp_path / "ema", **options)
-    with pytest.raises(SnapshotError, match="does not exist"):
+    with pytest.raises(SnapshotError, match="is no file or folder that exists"):
         import_snapshots(tmp_path / "gone", tmp_path / "ema")
 
 

@@ -16,7 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posthoc_ema import PosthocEMAError, Uniform, UnsafePickleError, import_snapshots
+from posthoc_ema import (
+    PosthocEMAError,
+    SnapshotError,
+    Uniform,
+    UnsafePickleError,
+    import_snapshots,
+)
 from posthoc_ema.errors import CorruptSnapshotError
 from posthoc_ema.importing.pickle_data import read_pickle
 from posthoc_ema.importing.region import Cursor, Region
@@ -416,6 +422,43 @@ def test_paths_in_archives_and_indices_lead_nowhere(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CorruptSnapshotError, match="which is not beside it"):
         import_snapshots(tmp_path / "source", tmp_path / "ema", profile=Uniform(1, relative=False))
+
+
+@pytest.mark.parametrize(
+    "length", [torch.empty(0), torch.tensor(float("nan")), torch.tensor(5.0), torch.tensor(5j)]
+)
+def test_lengths_that_cannot_be(tmp_path: Path, length: torch.Tensor) -> None:
+    (tmp_path / "source").mkdir()
+    state = {"ema_model.w": torch.ones(3), "sigma_rel": length}
+    torch.save(state, tmp_path / "source" / "0.100.pt")
+    with pytest.raises(SnapshotError, match=r"0\.100\.pt does not say its EMA length"):
+        import_snapshots(tmp_path / "source", tmp_path / "ema")
+
+
+@pytest.mark.parametrize("count", [torch.empty(0).half(), torch.tensor(1e30), torch.tensor(-1.0)])
+def test_counts_that_cannot_be(tmp_path: Path, count: torch.Tensor) -> None:
+    """They are those of batches, which are about the step."""
+    (tmp_path / "source").mkdir()
+    state = {"ema_model.w": torch.ones(3), "ema_model.num_batches_tracked": count}
+    torch.save(state, tmp_path / "source" / "0.100.pt")
+    (snapshot,) = import_snapshots(tmp_path / "source", tmp_path / "ema", sigma_rel=0.1).snapshots
+    assert int(snapshot.read("num_batches_tracked").reshape(())) == 100
+
+
+@pytest.mark.parametrize("name", [NAME, "0.100.pt", "step-100.pt", "step-100.safetensors"])
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "source").mkdir()
+    os.mkfifo(tmp_path / "source" / name)
+    with pytest.raises(SnapshotError, match="is empty"):
+        import_snapshots(tmp_path / "source", tmp_path / "ema")
+    with pytest.raises(SnapshotError, match=f"{name} is no file or folder that exists"):
+        import_snapshots([tmp_path / "source" / name], tmp_path / "ema")
+
+
+def test_a_table_with_a_field_without_end(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("file,t\n" + "a" * 200_000 + ",1\n")
+    with pytest.raises(SnapshotError, match=r"list\.csv cannot be read"):
+        import_snapshots(tmp_path / "list.csv", tmp_path / "ema")
 
 
 # Anything at all ------------------------------------------------------------------------------

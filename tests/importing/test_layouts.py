@@ -170,6 +170,32 @@ def test_a_state_dict_as_modules_give_it(tmp_path: Path) -> None:
             assert_equal(snapshot.read(name), values.numpy())
 
 
+def test_parameters_with_attributes(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for t in TIMES:
+        content: Any = {name: torch.nn.Parameter(value) for name, value in state(t).items()}
+        content["bias"].tensor_parallel = True
+        content["buffer"] = torch.nn.Buffer(torch.ones(2))
+        torch.save(content, tmp_path / "run" / f"step-{t}.pt")
+    assert_imported(imported(tmp_path))
+
+
+def test_values_that_are_not_as_stored(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save({"w": torch.ones(2).to(torch.complex64).conj()}, tmp_path / "run" / "step-1.pt")
+    with pytest.raises(SnapshotError, match=r"step-1\.pt .*is a conjugate or negative"):
+        imported(tmp_path)
+
+
+def test_a_folder_that_holds_itself(tmp_path: Path) -> None:
+    for t in TIMES:
+        folder = tmp_path / "run" / f"checkpoint-{t}"
+        folder.mkdir(parents=True)
+        save_file(state(t), folder / "model.safetensors")
+        (folder / "latest").symlink_to(folder)
+    assert_imported(imported(tmp_path))
+
+
 def test_checkpoints_of_timm(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for t in (0, *TIMES):
