@@ -13,6 +13,14 @@ SIGMA_REL_MAX: float = 12**-0.5
 """Largest EMA length, 0.288675: γ = 0, the plain mean of all weights since the start."""
 
 
+def _advice(given: NDArray[np.float64]) -> str:
+    """To those who gave the decay of another library."""
+    decay = given[(given > 0.9) & (given < 1)]
+    return (
+        f". The decay β of a classical EMA: Exponential.from_beta({decay[0]})" if len(decay) else ""
+    )
+
+
 def sigma_rel_to_gamma(sigma_rel: ArrayLike) -> NDArray[np.float64]:
     """Convert relative standard deviation to power-function exponent.
 
@@ -41,6 +49,7 @@ def sigma_rel_to_gamma(sigma_rel: ArrayLike) -> NDArray[np.float64]:
         raise ValueError(
             f"sigma_rel must be in (0, {SIGMA_REL_MAX:.6f}] (got {sigma_rel[bad].tolist()}); "
             "0.288675 is the plain mean over the whole run, and no average is longer"
+            + _advice(sigma_rel[bad])
         )
     s2, s2_low = _square(sigma_rel)
     # Depressed cubic x³ - p·x + q = 0 with γ = x - 7/3; three real roots.

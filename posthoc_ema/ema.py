@@ -96,7 +96,8 @@ class EMA:
         nonfinite: str = "ignore",
         background: bool = False,
     ) -> None:
-        listed: Any = sigma_rel if isinstance(sigma_rel, Iterable) else [sigma_rel]
+        several = isinstance(sigma_rel, Iterable) and not isinstance(sigma_rel, str)
+        listed: Any = sigma_rel if several else [sigma_rel]
         self._profiles = [as_profile(value) for value in listed]
         if not self._profiles or len(set(self._profiles)) < len(self._profiles):
             raise ValueError(f"sigma_rel must name at least one track, each once (got {sigma_rel})")
@@ -147,6 +148,16 @@ class EMA:
     def store(self) -> SnapshotStore | None:
         """The snapshots, if any are kept."""
         return None if self._recorder is None else self._recorder.store
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only before it is bound: afterwards it belongs to a model, and to a folder."""
+        if self._tracker is not None:
+            raise TypeError(
+                "an EMA that has averages cannot be copied or pickled, as by torch.save of a "
+                "checkpoint that holds it: save its ema.state_dict() there, and give that to "
+                "load_state_dict of a new one"
+            )
+        return self.__dict__
 
     def __repr__(self) -> str:
         return f"EMA({self._profiles}, t={self._t} {self._unit}, snapshots={self.store})"
@@ -346,7 +357,7 @@ class EMA:
         Raises:
             ValueError: If the state is not one of :class:`EMA`, or has other tracks or names.
         """
-        missing = _STATE_KEYS - set(state)
+        missing = _STATE_KEYS - set(state if isinstance(state, Mapping) else ())
         if missing:
             raise ValueError(
                 f"this is no state of EMA.state_dict: it lacks {', '.join(sorted(missing))}. A "

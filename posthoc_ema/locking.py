@@ -45,6 +45,11 @@ def translated(folder: Path) -> Iterator[None]:
             raise
         raise SnapshotWriteError(
             error.errno,
-            f"cannot write snapshots to {folder}: {error.strerror}. Those already there are "
-            "unharmed; free space or make the folder writable, and the next update tries again",
+            f"cannot write snapshots to {folder}: {error.strerror}. "
+            + (
+                "It is a file; give a folder"
+                if folder.is_file()
+                else "Those already there are unharmed; free space or make the folder writable, "
+                "and the next update tries again"
+            ),
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import floor, inf
+from numbers import Real
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -103,8 +104,8 @@ class Every:
     interval: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.interval < inf:
-            raise ValueError(f"every must be a finite interval > 0 (got {self.interval})")
+        if not isinstance(self.interval, Real) or not 0 < self.interval < inf:
+            raise ValueError(f"every must be a finite interval > 0 (got {self.interval!r})")
 
     def due(self, t_previous: float, t: float) -> bool:
         """Whether a multiple of the interval lies in (t_previous, t]."""

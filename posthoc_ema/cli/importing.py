@@ -33,7 +33,7 @@ _SHOWN = 6
 
 
 @command("import")
-@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("source", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--kind", type=click.Choice(KINDS), help="What SOURCE is, if it is not recognised.")
 @sigma_rel_option(
@@ -62,6 +62,10 @@ _SHOWN = 6
     "--key", help="Where in each file the weights are, as state_dict, if there are several sets."
 )
 @click.option(
+    "--subfolder",
+    help="Which folder or file in each checkpoint, as unet_ema, if there are several sets.",
+)
+@click.option(
     "--encoding",
     type=click.Choice(list(ENCODINGS)),
     default="float32",
@@ -88,7 +92,7 @@ _SHOWN = 6
 )
 @json_option
 def import_(
-    source: Path,
+    source: tuple[Path, ...],
     out: Path,
     wanted: Numbers | None,
     averages: Path | None,
@@ -103,18 +107,23 @@ def import_(
 
       network-snapshot-*.pkl    pickles of the official EDM2 code
       {track}.{step}.pt         ema-pytorch, pytorch-posthoc-ema: with --sigma-rel
-      plain checkpoints         .safetensors, .pt, sharded folders, with their step in their names:
-                                with --profile; or listed in a CSV, which may be SOURCE itself
+      plain checkpoints         .safetensors, .pt, .ckpt, .pth.tar, folders of transformers, PEFT,
+                                diffusers, accelerate, with their step in their names: with
+                                --profile; or listed in a CSV, which may be SOURCE itself
 
-    OUT is then a folder as EMA(snapshots=OUT) writes it, for all other commands. The same command
-    goes on after an interruption, and takes in what was added.
+    SOURCE may be several files. OUT is then a folder as EMA(snapshots=OUT) writes it, for all other
+    commands. The same command goes on after an interruption, and takes in what was added.
 
     Example:
       posthoc-ema import raw-snapshots/ run/ema --reconstruct 0.13
       posthoc-ema import post-hoc-ema-checkpoints/ run/ema --sigma-rel 0.05,0.28
       posthoc-ema import checkpoints/ run/ema --profile raw --dry-run
+      posthoc-ema import sd-run/ run/ema --subfolder unet_ema --profile exponential:beta=0.9999
+      posthoc-ema import ema_0.9999_*.pt run/ema --profile exponential:beta=0.9999
     """
-    done = import_snapshots(source, out, dry_run=dry_run, **options)
+    done = import_snapshots(
+        source if len(source) > 1 else source[0], out, dry_run=dry_run, **options
+    )
     results = []
     if wanted and not dry_run:
         folder = averages or out.with_name(f"{out.name}-averages")

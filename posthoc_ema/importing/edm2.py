@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from posthoc_ema.importing.foreign import (
 )
 from posthoc_ema.importing.pickle_data import Allowed, Global, Record, read_pickle
 from posthoc_ema.importing.region import Cursor, Region
-from posthoc_ema.importing.torch_data import LOAD_STORAGE, StoredTensor, allowing, tensor_maker
+from posthoc_ema.importing.torch_data import (
+    LOAD_STORAGE,
+    StoredTensor,
+    allowing,
+    is_zip,
+    read_torch_file,
+    tensor_maker,
+)
 from posthoc_ema.profiles import PowerFunction
 
 KIND = "edm2"
@@ -32,11 +40,13 @@ _NAME = re.compile(r"(?P<run>.+)-(?P<kimg>\d+)-(?P<std>\d*\.\d+)\.pkl")
 _PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 _MOST_NESTED = 200
+_MOST_MODULES = 100_000
+_LONGEST_NAME = 4096
 
 
 def recognise(files: Sequence[Path]) -> bool:
-    """Whether all files have names of that code's pickles."""
-    return bool(files) and all(_NAME.fullmatch(path.name) for path in files)
+    """Whether there are names of that code's pickles; if others are among them, they are told."""
+    return any(_NAME.fullmatch(path.name) for path in files)
 
 
 def image_count(kimg: int) -> int:
@@ -64,7 +74,10 @@ def read_run(files: Sequence[Path], options: Options) -> ForeignRun:
             )
         if not (t := image_count(int(match["kimg"]))):
             continue  # the weights before training
-        profile = PowerFunction(sigma_rel=float(match["std"]))
+        try:
+            profile = PowerFunction(sigma_rel=float(match["std"]))
+        except ValueError as error:
+            raise SnapshotError(f"{path} names an average that there is not: {error}") from error
         read = _Network(path, options.allow).contents
         found.setdefault(match["run"], []).append(ForeignSnapshot(path, (path,), t, profile, read))
     remarks = []
@@ -89,8 +102,12 @@ class _Network:
 
     def contents(self) -> Contents:
         """The network's tensors by the names of its state dict."""
-        cursor = Cursor(Region.of_file(self.path))
-        data = _entries(read_pickle(cursor, _allowing(self.allow), tensor_maker(self.path)))
+        allowed = _allowing(self.allow)
+        if is_zip(self.path):  # written once more, by torch.save
+            data = _entries(read_torch_file(self.path, allowed))
+        else:
+            cursor = Cursor(Region.of_file(self.path))
+            data = _entries(read_pickle(cursor, allowed, tensor_maker(self.path)))
         network = data.get("ema", data.get("net")) if isinstance(data, dict) else None
         if not isinstance(network, Record):
             raise CorruptSnapshotError(
@@ -100,7 +117,8 @@ class _Network:
         tensors: list[ForeignTensor] = []
         aliases: dict[str, str] = {}
         known: dict[int, str] = {}
-        for name, tensor, averaged in self._walk(network, "", ()):
+        visits = count(1)
+        for name, tensor, averaged in self._walk(network, "", (), visits):
             first = known.setdefault(id(tensor), name)
             if first != name:
                 aliases[name] = first
@@ -112,20 +130,27 @@ class _Network:
         return Contents(tensors, aliases)
 
     def _walk(
-        self, module: Record, prefix: str, above: tuple[Record, ...]
+        self, module: Record, prefix: str, above: tuple[Record, ...], visits: Iterator[int]
     ) -> Iterator[tuple[str, StoredTensor, bool]]:
         """Parameters and buffers in the order of ``state_dict``."""
         if module in above or len(above) > _MOST_NESTED:
-            raise CorruptSnapshotError(f"{self.path}: the module {prefix!r} holds itself")
+            raise CorruptSnapshotError(f"{self.path}: the module {prefix!r:.200} holds itself")
+        # Modules that each hold another one twice are as many as powers of two.
+        if next(visits) > _MOST_MODULES or len(prefix) > _LONGEST_NAME:
+            raise CorruptSnapshotError(
+                f"{self.path} holds more modules, or longer names, than any network; leave it out"
+            )
         state = _state(module)
-        passing = state.get("_non_persistent_buffers_set") or ()
+        passing = state.get("_non_persistent_buffers_set") or set()
+        if not isinstance(passing, set):
+            raise CorruptSnapshotError(f"{self.path}: {prefix!r} has damaged buffers")
         for section, averaged in (("_parameters", True), ("_buffers", False)):
             for key, tensor in self._named(state, section, prefix):
                 if isinstance(tensor, StoredTensor) and key not in passing:
                     yield prefix + key, tensor, averaged
         for key, child in self._named(state, "_modules", prefix):
             if isinstance(child, Record):
-                yield from self._walk(child, f"{prefix}{key}.", (*above, module))
+                yield from self._walk(child, f"{prefix}{key}.", (*above, module), visits)
 
     def _named(self, state: dict[str, Any], section: str, prefix: str) -> list[tuple[str, Any]]:
         held = _entries(state.get(section) or {})

@@ -12,11 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from posthoc_ema.conversion import SIGMA_REL_MAX
 from posthoc_ema.encoding import as_numpy
 from posthoc_ema.errors import SnapshotError
 from posthoc_ema.importing.foreign import (
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 KIND = "ema-pytorch"
 _NAME = re.compile(r"(?P<track>\d+)\.(?P<step>\d+)\.pt")
+_REAL = frozenset({"F64", "F32", "F16", "BF16"})
 _COUNTERS = ("initted", "step")
 _PREFIX = "ema_model."
 _ONLINE = "online_model."
@@ -115,7 +118,7 @@ def _stored_length(path: Path) -> float:
     length = data.get("sigma_rel") if isinstance(data, dict) else None
     if isinstance(length, StoredTensor):  # in half precision: 0.05 is not 0.04998779296875
         length = float(f"{_number(length.dtype, length.read()):.3g}")
-    if not isinstance(length, float):
+    if not isinstance(length, float) or not 0 < length <= SIGMA_REL_MAX:
         raise SnapshotError(
             f"{path} does not say its EMA length; give sigma_rel=(0.05, 0.28), "
             "--sigma-rel 0.05,0.28, as the run had them, in their order"
@@ -151,12 +154,16 @@ def _counter(tensor: ForeignTensor, step: int) -> ForeignTensor:
     def read() -> NDArray[np.uint8]:
         # Beyond 65504 it is lost; the step is about what it was.
         value = _number(tensor.dtype, tensor.read())
-        count = round(value) if np.isfinite(value) else step
+        count = round(value) if 0 <= value < 1 << 62 else step
         return np.array([count], "<i8").view(np.uint8)
 
-    return replace(tensor, dtype="I64", averaged=False, read=read)
+    shape = tensor.shape if prod(tensor.shape) == 1 else ()
+    return replace(tensor, dtype="I64", shape=shape, averaged=False, read=read)
 
 
 def _number(dtype: str, raw: NDArray[np.uint8]) -> float:
-    """The one number of a tensor."""
-    return float(as_numpy(raw, dtype, (-1,))[0])
+    """The one number of a tensor; NaN if it has none, or more than one."""
+    if dtype not in _REAL:
+        return float("nan")
+    numbers = as_numpy(raw, dtype, (-1,))
+    return float(numbers[0]) if len(numbers) == 1 else float("nan")

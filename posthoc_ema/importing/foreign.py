@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posthoc_ema.encoding import ITEM_SIZE
 from posthoc_ema.profiles import Profile
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ class ForeignTensor:
     shape: tuple[int, ...]
     averaged: bool
     read: Callable[[], NDArray[np.uint8]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return prod(self.shape) * ITEM_SIZE.get(self.dtype, 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +99,7 @@ class Options:
         update_every: Steps between updates of the averages.
         unit: Name of the unit of time.
         key: Where in each file the weights are, if there are several sets of them.
+        subfolder: Which folder or file in each checkpoint, if there are several.
         allow: Further names that pickles may hold.
     """
 
@@ -100,4 +108,5 @@ class Options:
     update_every: int = 1
     unit: str | None = None
     key: str | None = None
+    subfolder: str | None = None
     allow: tuple[str, ...] = ()

@@ -14,10 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posthoc_ema.errors import CorruptSnapshotError, UnsafePickleError
-from posthoc_ema.importing.region import Cursor
+from posthoc_ema.importing.region import Cursor, Region
 
 _LARGE = 4096
 """Bytes strings from this size on stay in the file."""
+
+_MOST_OPERATIONS = 10_000_000
+"""Operations of one pickle: a hundred make a tensor, and each may take a hundred bytes."""
+_MOST_ARGUMENTS = 100
 
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "UserDict": "collections"}
 _MARK = object()
@@ -56,6 +60,15 @@ class Record:
 
 Allowed = Callable[[Global], bool]
 Make = Callable[[Global, tuple[Any, ...]], Any]
+
+
+def describe(value: Any) -> str:
+    """A few words for messages about what a file holds, which may hold itself a million times."""
+    if isinstance(value, str):
+        return value[:80]
+    if value is None or isinstance(value, Global) or (isinstance(value, int) and -99 < value < 999):
+        return str(value)[:80]
+    return f"a {type(value).__name__}"
 
 
 def as_record(maker: Global, args: tuple[Any, ...]) -> Any:
@@ -122,9 +135,14 @@ class _Machine:
         self.cursor, self.allowed, self._make, self._refer = cursor, allowed, make, refer
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}  # a mapping: indices are not sizes
+        self._given = 0  # to calls, which may copy it
 
     def run(self) -> Any:
+        count = 0
         while (code := self.cursor.take(1)) != b".":
+            count += 1
+            if count > _MOST_OPERATIONS:
+                raise ValueError(f"it has more than {_MOST_OPERATIONS} operations")
             operation = _OPERATIONS.get(code)
             if operation is None:
                 raise ValueError(f"{code!r} at byte {self.cursor.place - 1} is no operation")
@@ -179,9 +197,9 @@ class _Machine:
 
     def refuse(self, what: str) -> None:
         raise UnsafePickleError(
-            f"{self.cursor.region.path} refers to {what}, which weights have no need of; nothing "
-            "was executed. If you know what it is, allow it by its name: it is then read as data, "
-            "and not executed either"
+            f"{self.cursor.region.path} refers to {what:.200}, which weights have no need of; "
+            "nothing was executed. If you know what it is, allow it by its name: it is then read "
+            "as data, and not executed either"
         )
 
     # Objects
@@ -189,13 +207,25 @@ class _Machine:
     def make(self, maker: Any, args: Any) -> None:
         if not isinstance(maker, Global) or not isinstance(args, tuple):
             raise ValueError("what was to be called has no name")
+        if len(args) > _MOST_ARGUMENTS:
+            raise ValueError(f"a call of {len(args)} arguments")
+        self.give(args)
+        for value in args:
+            self.give(value)
         self.push(self._make(maker, args))
+
+    def give(self, value: Any) -> None:
+        """Count what calls are given: one thing may go to many, each of which may copy it."""
+        self._given += _size(value)
+        if self._given > 4 * self.cursor.region.size + 4096:
+            raise ValueError("calls are given many times what the file holds")
 
     def build(self) -> None:
         state = self.pop()
-        if not isinstance(self.stack[-1], Record):
+        if isinstance(self.stack[-1], Record):
+            self.stack[-1].state = state
+        elif not isinstance(self.stack[-1], dict):  # state dicts have versions as an attribute
             raise ValueError("a state is given to what has none")
-        self.stack[-1].state = state
 
     def append(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -216,7 +246,7 @@ class _Machine:
 
     def refer(self, key: Any) -> None:
         if self._refer is None:
-            self.refuse(f"something outside of it ({key!s:.80})")
+            self.refuse(f"something outside of it ({describe(key)})")
         else:
             self.push(self._refer(key))
 
@@ -234,11 +264,19 @@ class _Machine:
 
 
 def _key(value: Any) -> Any:
-    if isinstance(value, tuple) and all(isinstance(part, _KEYS) for part in value):
-        return value
-    if not isinstance(value, _KEYS):
-        raise ValueError(f"a {type(value).__name__} cannot be a key")
+    for part in value if isinstance(value, tuple) else (value,):
+        if not isinstance(part, _KEYS):
+            raise ValueError(f"a {type(part).__name__} cannot be a key")
+        if isinstance(part, int) and part.bit_length() > 64:  # any number of them hash alike
+            raise ValueError(f"a number of {part.bit_length()} bits cannot be a key")
     return value
+
+
+def _size(value: Any) -> int:
+    """How much copying it would take."""
+    if isinstance(value, Region):
+        return value.size
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict | set) else 0
 
 
 def _string(line: str) -> str:
@@ -338,6 +376,9 @@ def _old_object(machine: _Machine) -> None:
 
 def _with_keywords(machine: _Machine) -> None:
     maker, args, keywords = machine.pop_many(3)
+    if not isinstance(keywords, dict):
+        raise ValueError("keywords are no mapping")
     machine.make(maker, args)
-    if keywords:
+    machine.give(keywords)
+    if keywords and isinstance(machine.stack[-1], Record):
         machine.stack[-1].entries.update(keywords)

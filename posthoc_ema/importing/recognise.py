@@ -8,8 +8,9 @@ from pathlib import Path
 from posthoc_ema.errors import SnapshotError
 from posthoc_ema.importing import checkpoints, edm2, ema_pytorch
 from posthoc_ema.importing.foreign import ForeignRun, ForeignSnapshot, Options
-from posthoc_ema.importing.state_dict import is_checkpoint
+from posthoc_ema.importing.layout import is_checkpoint, why_no_weights
 from posthoc_ema.profiles import Profile
+from posthoc_ema.snapshots import SnapshotStore
 
 KINDS = (edm2.KIND, ema_pytorch.KIND, checkpoints.LISTED, checkpoints.NUMBERED)
 
@@ -43,35 +44,46 @@ def read_run(
     if not chosen:
         raise SnapshotError(f"{_named(source)} holds no snapshots of kind {kind or 'known'}")
     if kind in (None, edm2.KIND):
-        pickles = [file for file in chosen if file.suffix == ".pkl"]
+        pickles = [file for file in chosen if file.suffix == ".pkl" and file.is_file()]
         if kind or edm2.recognise(pickles):
             return _sorted(edm2.read_run(pickles, options), source)
-    if kind == ema_pytorch.KIND or (kind is None and ema_pytorch.recognise(chosen)):
-        return _sorted(ema_pytorch.read_run(chosen, options), source)
+    tracks = [file for file in chosen if file.suffix == ".pt" and file.is_file()]
+    if kind == ema_pytorch.KIND or (kind is None and ema_pytorch.recognise(tracks)):
+        return _sorted(ema_pytorch.read_run(tracks, options), source)
     if kind == checkpoints.LISTED:
         raise ValueError("kind='list' needs csv=, the table of times and profiles")
-    found = [path for path in chosen if is_checkpoint(path)]
+    if isinstance(source, Path) and source.is_dir() and SnapshotStore(source).scan()[0]:
+        raise SnapshotError(
+            f"{source} holds snapshots of this library already; there is nothing to import. To "
+            "write them once more, use convert"
+        )
+    # Folders without a number, such as one of images, are looked into only if there is no other.
+    likely = [path for path in chosen if any(map(str.isdigit, path.name)) or not path.is_dir()]
+    found = list(filter(is_checkpoint, likely)) or list(filter(is_checkpoint, chosen))
     if not found:
         raise SnapshotError(
             f"{_named(source)} holds nothing that is understood; expected network-snapshot-*.pkl, "
             "{track}.{step}.pt, checkpoints (.safetensors, .pt, folders) with a number in their "
             f"names, or a CSV. What is there: {', '.join(f.name for f in chosen[:5])}"
+            + next(filter(None, map(why_no_weights, filter(Path.is_dir, chosen))), "")
         )
-    return _sorted(checkpoints.read_numbered(found, options), source)
+    listed = not isinstance(source, Path)
+    return _sorted(checkpoints.read_numbered(found, options, from_parents=listed), source)
 
 
 def _files(source: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(source, Path):
         files = list(source)
     elif source.is_dir():
-        files = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+        # No pipes, which would be waited for, nor links to what is gone.
+        there = [path for path in source.iterdir() if path.is_file() or path.is_dir()]
+        files = sorted(path for path in there if not path.name.startswith("."))
     else:
         files = [source]
-    missing = [path for path in files if not path.exists()]
+    missing = [path for path in files if not (path.is_file() or path.is_dir())]
     if missing or not files:
-        raise SnapshotError(
-            f"{missing[0] if missing else source} {'does not exist' if missing else 'is empty'}"
-        )
+        what = f"{missing[0]} is no file or folder that exists" if missing else f"{source} is empty"
+        raise SnapshotError(what)
     return files
 
 
@@ -90,6 +102,7 @@ def _sorted(run: ForeignRun, source: Path | Sequence[Path]) -> ForeignRun:
         if twin is not snapshot:
             raise SnapshotError(
                 f"{twin.path} and {snapshot.path} both hold t={snapshot.t}, "
-                f"{snapshot.profile}; leave one of them out"
+                f"{snapshot.profile}; leave one of them out: name the files that you mean as "
+                "SOURCE, or list them in a CSV"
             )
     return ForeignRun(run.kind, run.unit, snapshots, run.remarks)

@@ -62,13 +62,14 @@ class Cursor:
 
     def take(self, size: int) -> bytes:
         """The next bytes."""
-        found = self.skip(size)
-        start = self.place - size - self._buffered
-        if start < 0 or start + size > len(self._buffer):
-            ahead = min(max(size, 1 << 16), self.region.size - self.place + size)
-            self._buffer = self.region.part(self.place - size, ahead).read().tobytes()
-            self._buffered, start = self.place - size, 0
-        return self._buffer[start : start + found.size]
+        start = self.place - self._buffered
+        if not 0 <= start <= start + size <= len(self._buffer):
+            self.region.part(self.place, size)  # raises before memory is taken
+            ahead = min(max(size, 1 << 16), self.region.size - self.place)
+            self._buffer = self.region.part(self.place, ahead).read().tobytes()
+            self._buffered, start = self.place, 0
+        self.place += size
+        return self._buffer[start : start + size]
 
     def skip(self, size: int) -> Region:
         """The next bytes, unread."""

@@ -2,62 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posthoc_ema.errors import CorruptSnapshotError, SnapshotError
+from posthoc_ema.errors import SnapshotError
 from posthoc_ema.importing.foreign import Contents, ForeignTensor
-from posthoc_ema.importing.pickle_data import Record
+from posthoc_ema.importing.layout import checkpoint_files
+from posthoc_ema.importing.pickle_data import Record, describe
 from posthoc_ema.importing.region import Region
 from posthoc_ema.importing.torch_data import StoredTensor, allowing, read_torch_file
 from posthoc_ema.tensorfile import SUFFIX, read_header
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16", "C64", "C128"} | {"F8_E4M3", "F8_E5M2"})
 _WRAPPERS = ("module.", "_orig_mod.")
-_INDEX = ".index.json"
+_OTHERS = re.compile(
+    r"optim|opt$|callbacks$|loops$|hyper_parameters$|(lr_)?sched|scaler|amp|rng|random|metric"
+)
+_DEEPEST = 2
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file or folder looks like one."""
-    if path.is_dir():
-        return bool(_weight_files(path))
-    return path.suffix in (SUFFIX, *TORCH_SUFFIXES) and not path.name.startswith(".")
-
-
-def checkpoint_files(path: Path) -> tuple[Path, ...]:
-    """The files that make up a checkpoint.
-
-    Raises:
-        SnapshotError: If there are none, or several sets of weights.
-    """
-    if not path.exists():
-        raise SnapshotError(f"{path} does not exist; correct its name, or leave it out")
-    if not path.is_dir():
-        return (path,)
-    found = _weight_files(path)
-    if not found:
-        raise SnapshotError(f"{path} holds no weights (safetensors, or files of torch.save)")
-    indices = [file for file in found if file.name.endswith(_INDEX)]
-    if indices:
-        return tuple(_shards(indices[0]))
-    if len(found) > 1:
-        raise SnapshotError(
-            f"{path} holds several files of weights ({', '.join(f.name for f in found[:3])}) and "
-            "no index that joins them; name the one you mean"
-        )
-    return tuple(found)
-
-
-def read_checkpoint(path: Path, key: str | None = None, allow: Sequence[str] = ()) -> Contents:
+def read_checkpoint(
+    path: Path,
+    key: str | None = None,
+    allow: Sequence[str] = (),
+    subfolder: str | None = None,
+) -> Contents:
     """The tensors of a checkpoint by name; numbers are not read.
 
     Args:
         path: A file or folder.
-        key: Where in it the weights are, as ``"state_dict"``, if there are several sets.
+        key: Where in it the weights are, as ``"state_dict"``, if there are several sets; what
+            names begin with, as ``"state_dict.ema"`` for ``ema.weight``, may be part of it.
         allow: Further names that pickles may hold.
+        subfolder: Which folder or file in it, if there are several sets of weights.
 
     Raises:
         UnsafePickleError: If a file names code; nothing was executed.
@@ -65,8 +44,8 @@ def read_checkpoint(path: Path, key: str | None = None, allow: Sequence[str] = (
     """
     tensors: dict[str, ForeignTensor] = {}
     aliases: dict[str, str] = {}
-    for file in checkpoint_files(path):
-        contents = _safetensors(file) if file.suffix == SUFFIX else _torch(file, key, allow)
+    for file in checkpoint_files(path, subfolder):
+        contents = _safetensors(file, key) if file.suffix == SUFFIX else _torch(file, key, allow)
         for tensor in contents.tensors:
             if tensor.name in tensors:
                 raise SnapshotError(f"{path} holds {tensor.name!r} twice; repair its index")
@@ -75,36 +54,7 @@ def read_checkpoint(path: Path, key: str | None = None, allow: Sequence[str] = (
     return Contents(list(tensors.values()), aliases)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """An index if there is one, else files of weights; safetensors before others."""
-    for suffix in (SUFFIX, *TORCH_SUFFIXES):
-        if indices := sorted(folder.glob(f"*{suffix}{_INDEX}")):
-            return indices[:1]
-        found = sorted(p for p in folder.glob(f"*{suffix}") if not p.name.startswith("."))
-        # What trainers leave beside the weights.
-        others = ("optimizer", "scheduler", "training_args", "rng_state", "scaler", "random_states")
-        if found := [file for file in found if not file.name.startswith(others)]:
-            return found
-    return []
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        shards = [index.parent / Path(name).name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptSnapshotError(
-            f"{index} is no index of shards ({error}); restore it from a copy"
-        ) from error
-    for name, shard in zip(names, shards, strict=True):
-        if shard.name != name or not shard.is_file():
-            raise CorruptSnapshotError(
-                f"{index} names {name}, which is not beside it; copy the whole folder"
-            )
-    return shards
-
-
-def _safetensors(path: Path) -> Contents:
+def _safetensors(path: Path, key: str | None) -> Contents:
     header = read_header(path)
     if isinstance(header.metadata, dict) and "format_version" in header.metadata:
         raise SnapshotError(
@@ -112,16 +62,22 @@ def _safetensors(path: Path) -> Contents:
             "its folder once more, use convert"
         )
     whole = Region.of_file(path)
+    entries = header.entries if key is None else _beginning(header.entries, key)
+    if not entries:
+        raise SnapshotError(
+            f"{path} holds no weights at {key!r}; its names begin with "
+            f"{_beginnings(header.entries)}"
+        )
     return Contents(
         [
             ForeignTensor(
-                entry.name,
+                name,
                 entry.dtype,
                 entry.shape,
                 entry.dtype in _FLOATING,
                 whole.part(entry.offset, entry.nbytes).read,
             )
-            for entry in header.entries.values()
+            for name, entry in entries.items()
         ]
     )
 
@@ -150,31 +106,88 @@ def _torch(path: Path, key: str | None, allow: Sequence[str]) -> Contents:
 def _find(path: Path, data: Any, key: str | None) -> dict[str, StoredTensor]:
     """The mapping from names to tensors, wherever in the file it is."""
     if key is not None:
-        for part in key.split("."):
-            data = _plain(data.get(part)) if isinstance(data, dict) else None
-        if not _is_state(data):
+        found = _at(data, key)
+        if not _is_state(found):
+            sets = _candidates(data)
+            listed = ", ".join(sets) or "none"
+            if _is_state(data):
+                listed = f"of names that begin with {_beginnings(data)}"
             raise SnapshotError(
-                f"{path} holds no weights at {key!r}; its sets of weights are "
-                f"{', '.join(_candidates(path, data)) or 'none'}"
+                f"{path} holds no weights at {key!r}; its sets of weights are {listed}"
             )
-        return _tensors(data)
+        return _tensors(found)
     if _is_state(data):
         return _tensors(data)
-    found = _candidates(path, data)
-    if len(found) != 1:
+    sets = _candidates(data)
+    if len(sets) != 1:
         raise SnapshotError(
-            f"{path} holds {len(found) or 'no'} sets of weights"
-            + (f" ({', '.join(found)}); say which with key=, --key" if found else "; leave it out")
+            f"{path} holds {len(sets) or 'no'} sets of weights"
+            + (
+                f" ({', '.join(sets)}); say which with key=, --key {next(iter(sets))}"
+                if sets
+                else f"; {_held(data)}. Say where they are with key=, --key, or leave it out"
+            )
         )
-    return _tensors(next(iter(found.values())))
+    return _tensors(next(iter(sets.values())))
 
 
-def _candidates(path: Path, data: Any) -> dict[str, dict[str, Any]]:
-    """Sets of weights one level down."""
-    if not isinstance(data, dict):
-        return {}
-    inner = {key: _plain(value) for key, value in data.items() if isinstance(key, str)}
-    return {key: value for key, value in inner.items() if _is_state(value)}
+def _at(data: Any, key: str) -> Any:
+    """What a mapping of mappings holds at a dotted key, of which the end may begin names."""
+    parts = key.split(".")
+    for number, part in enumerate(parts):
+        inner = _plain(data.get(part)) if isinstance(data, dict) else None
+        if not isinstance(inner, dict):
+            return _beginning(data, ".".join(parts[number:])) if isinstance(data, dict) else None
+        data = inner
+    return data
+
+
+def _beginning(state: Mapping[Any, Any], key: str) -> dict[str, Any]:
+    """The entries whose names begin so, without that."""
+    prefix = f"{key}."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if isinstance(name, str) and name.startswith(prefix)
+    }
+
+
+def _beginnings(state: Iterable[str]) -> str:
+    """The first parts of names, for a message."""
+    first = [*dict.fromkeys(name.split(".")[0] for name in state)]
+    return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")
+
+
+def _held(data: Any) -> str:
+    """What there is instead of weights, for a message."""
+    if not isinstance(data, dict) or not data:
+        return f"it is {describe(data)}"
+    keys = [describe(key) for key in data]
+    return f"it holds {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+
+
+def _candidates(data: Any) -> dict[str, dict[str, Any]]:
+    """Sets of weights inside, by their keys; what optimisers and callbacks keep is none."""
+    found: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()  # the same mapping may be there a million times
+
+    def look(held: dict[Any, Any], prefix: str, deepest: int) -> None:
+        for key, value in held.items():
+            inner = _plain(value)
+            if not isinstance(inner, dict) or not isinstance(key, str) or _OTHERS.match(key):
+                continue
+            if id(inner) in seen:
+                continue
+            seen.add(id(inner))
+            if _is_state(inner):
+                if any(tensor.dtype in _FLOATING for tensor in _tensors(inner).values()):
+                    found[prefix + key] = inner
+            elif deepest:
+                look(inner, f"{prefix}{key}.", deepest - 1)
+
+    if isinstance(data, dict):
+        look(data, "", _DEEPEST)
+    return found
 
 
 def _is_state(data: Any) -> bool:

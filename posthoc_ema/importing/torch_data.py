@@ -16,7 +16,14 @@ import numpy as np
 
 from posthoc_ema.encoding import ITEM_SIZE
 from posthoc_ema.errors import CorruptSnapshotError, SnapshotError, UnsafePickleError
-from posthoc_ema.importing.pickle_data import Allowed, Global, Make, as_record, read_pickle
+from posthoc_ema.importing.pickle_data import (
+    Allowed,
+    Global,
+    Make,
+    as_record,
+    describe,
+    read_pickle,
+)
 from posthoc_ema.importing.region import Cursor, Region
 
 if TYPE_CHECKING:
@@ -47,7 +54,7 @@ _NAMES = (
     | {f"torch.storage.{name}" for name in (*_STORAGES, "TypedStorage")}
     | {f"torch._utils.{name}" for name in _REBUILT}
     | {"torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
-    | {"torch.serialization._get_layout"}
+    | {"torch.serialization._get_layout", "torch._tensor._rebuild_from_type_v2"}
 )
 _PLAIN = {
     "collections.OrderedDict", "collections.defaultdict", "collections.Counter",
@@ -55,14 +62,16 @@ _PLAIN = {
     "builtins.object", "builtins.int", "builtins.complex", "builtins.slice",
     "_codecs.encode", "copyreg._reconstructor", "copyreg.__newobj__",
     "numpy.dtype", "numpy.ndarray", "pathlib.PosixPath", "pathlib.Path", "argparse.Namespace",
-    "pathlib._local.PosixPath", "pathlib.PurePosixPath",
+    "pathlib._local.PosixPath", "pathlib.PurePosixPath", "types.SimpleNamespace",
     *(
         f"numpy.{core}.{name}"
         for core in ("core", "_core")
         for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
     ),
 }  # fmt: skip
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 LOAD_STORAGE = "torch.storage._load_from_bytes"
+_MOST_DIMENSIONS = 64  # of torch and numpy alike
 _MAGIC = 0x1950A86A20F9469CFC6C
 _ZIP = b"PK\x03\x04"
 
@@ -110,10 +119,14 @@ class StoredTensor:
 
     def __post_init__(self) -> None:
         numbers = (*self.shape, *self.strides, self.offset)
-        if len(self.shape) != len(self.strides) or any(
-            not isinstance(n, int) or n < 0 for n in numbers
+        if (
+            len(self.shape) != len(self.strides)
+            or len(self.shape) > _MOST_DIMENSIONS
+            or any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers)
         ):
-            raise ValueError(f"a tensor of shape {self.shape} and strides {self.strides}")
+            raise ValueError("a tensor of a shape, strides or offset that no tensor has")
+        if prod(n for n in self.shape if n) >= 1 << 58:  # none of the libraries holds it, if empty
+            raise ValueError("a tensor of a shape that no tensor has")
         held = self.storage.size // _ITEM_SIZE[self.dtype]
         # More elements than the storage has would be one value many times over: no weights.
         if self.count and (self.offset + self._span > held or self.count > held):
@@ -168,12 +181,22 @@ def tensor_maker(path: Path) -> Make:
             storage, offset, shape, strides = args[:4]
             if not isinstance(storage, Storage):
                 raise ValueError("a tensor without a storage")
+            lazy = args[7:8] if name.endswith("_v3") else args[6:7]
+            if lazy and lazy[0]:  # marks of conjugates and negatives, which are not in the bytes
+                raise ValueError("a tensor that is a conjugate or negative of what is stored")
             dtype = (
-                _DTYPES[str(args[6]).removeprefix("torch.")]
+                _DTYPES[describe(args[6]).removeprefix("torch.")]
                 if name.endswith("_v3")
                 else storage.dtype
             )
             return StoredTensor(dtype, tuple(shape), storage, offset, tuple(strides))
+        if name == _FROM_TYPE:  # of a subclass, or with attributes
+            inner = args[0]
+            if not (isinstance(inner, Global) and str(inner).startswith("torch._utils._rebuild")):
+                raise ValueError("a tensor that is made by another name")
+            if not isinstance(args[2], tuple):
+                raise ValueError("a tensor without a storage")
+            return make(inner, args[2])
         if name == "torch.Size":
             return tuple(args[0])
         return as_record(maker, args)
@@ -263,7 +286,7 @@ def _read_legacy(region: Region, allowed: Allowed) -> Any:
     version, system = read_pickle(cursor, allowed), read_pickle(cursor, allowed)
     if version != 1001 or not isinstance(system, dict) or not system.get("little_endian"):
         raise SnapshotError(
-            f"{region.path} has an unknown version ({version!r:.20}), or the byte order of "
+            f"{region.path} has an unknown version ({describe(version)}), or the byte order of "
             "another machine; save it once more"
         )
     storages: dict[str, Storage] = {}
@@ -279,6 +302,9 @@ def _read_legacy(region: Region, allowed: Allowed) -> Any:
             storage = storages[key]
             storage.region = region.part(start + 8, storage.size)  # first the number of elements
             start += 8 + storage.size
+        missing = [key for key, storage in storages.items() if storage.region is None]
+        if missing:
+            raise LookupError(f"{len(missing)} storages are not there")
     except (EOFError, LookupError, TypeError) as error:
         raise CorruptSnapshotError(
             f"{region.path} lacks the numbers of a tensor ({error}); it was truncated or damaged. "
@@ -300,4 +326,4 @@ def _reference(key: Any) -> tuple[str, Storage]:
         ):
             dtype = _STORAGES[kind.name]
             return name, Storage(dtype, count * _ITEM_SIZE[dtype])
-    raise ValueError(f"a reference to {key!s:.80}")
+    raise ValueError(f"a reference to {describe(key)}")

@@ -20,9 +20,13 @@ from posthoc_ema.encoding import (
     check_encoding,
     decode_into,
 )
-from posthoc_ema.errors import ForeignSnapshotError, NonFiniteError, SnapshotError
+from posthoc_ema.errors import (
+    CorruptSnapshotError,
+    ForeignSnapshotError,
+    NonFiniteError,
+    SnapshotError,
+)
 from posthoc_ema.importing.foreign import (
-    Contents,
     ForeignRun,
     ForeignSnapshot,
     ForeignTensor,
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 RECORD = ".imported.json"
 """In the store: which files its snapshots were made from."""
 
+_MOST_VIEWED = 16  # times the bytes of a file, by tensors that overlap
 _CHUNK = 1 << 20  # elements converted at once
 _PIECE = 1 << 24  # bytes digested at once
 
@@ -77,6 +82,7 @@ def import_snapshots(
     update_every: int = 1,
     unit: str | None = None,
     key: str | None = None,
+    subfolder: str | None = None,
     encoding: str = "float32",
     allow: Sequence[str] = (),
     dry_run: bool = False,
@@ -102,6 +108,7 @@ def import_snapshots(
         update_every: Steps between updates of ema-pytorch's averages.
         unit: Name of the unit of time, where the files do not imply it.
         key: Where in each file the weights are, as ``"state_dict"``, if there are several sets.
+        subfolder: Which folder or file in each checkpoint, as ``"unet_ema"``, if there are several.
         encoding: As in :class:`posthoc_ema.EMA`.
         allow: Names of code that pickles may hold all the same; not executed either.
         dry_run: Only say what was recognised.
@@ -112,7 +119,8 @@ def import_snapshots(
 
     Raises:
         UnsafePickleError: If a file refers to code; the message names both.
-        SnapshotError: If a file is damaged, foreign, or does not say what it is.
+        SnapshotError: If a file is damaged, foreign, or does not say what it is. Nothing is
+            written before all files were looked into.
         SnapshotWriteError: If a snapshot cannot be written; those before stay.
         ValueError: If an argument is outside its domain.
 
@@ -132,17 +140,18 @@ def import_snapshots(
         update_every=update_every,
         unit=unit,
         key=key,
+        subfolder=subfolder,
         allow=tuple(allow),
     )
     run = read_run(place, kind, None if csv is None else Path(csv), options)
     files = [(s.path, s.t, s.profile) for s in run.snapshots]
     if dry_run:
-        for snapshot in run.snapshots:
-            _check(snapshot, snapshot.open())
+        _check(run.snapshots)
         return Import(run.kind, run.unit, files, run.remarks)
     if any(path.resolve().parent == Path(out).resolve() for s in run.snapshots for path in s.files):
         raise ValueError(f"out must be another folder than that of the files ({out})")
     record = _Record.of(Path(out), run)
+    _check([snapshot for snapshot in run.snapshots if not record.has(snapshot)])
     total = sum(path.stat().st_size for s in run.snapshots for path in s.files)
     disable = None if progress is None else not progress  # None: only on a terminal
     skipped = 0
@@ -196,12 +205,16 @@ class _Record:
         identity = RunIdentity(described["run_id"], run.unit, "torch", 0)
         return cls(store, identity, described)
 
+    def has(self, snapshot: ForeignSnapshot) -> bool:
+        """Whether one of this time and profile is there."""
+        return (snapshot.t, snapshot.profile) in self.present
+
     def take(self, snapshot: ForeignSnapshot, encoding: str) -> bool:
         """Write one snapshot, unless it is there; whether it was written."""
         name = json.dumps([snapshot.t, snapshot.profile.to_dict()], sort_keys=True)
         digest = _digest(snapshot.files)
         before = self.known["files"].get(name, {}).get("digest")
-        if (snapshot.t, snapshot.profile) in self.present:
+        if self.has(snapshot):
             if before != digest:
                 raise ForeignSnapshotError(
                     f"{snapshot.path} is not what was imported as t={snapshot.t}, "
@@ -209,7 +222,6 @@ class _Record:
                 )
             return False
         contents = snapshot.open()
-        _check(snapshot, contents)
         # Noted beforehand: what is in the store after a kill is then known to be this.
         self.known["files"][name] = {"file": str(snapshot.path), "digest": digest}
         self.store.path.mkdir(parents=True, exist_ok=True)
@@ -232,10 +244,55 @@ class _Record:
         return True
 
 
-def _check(snapshot: ForeignSnapshot, contents: Contents) -> None:
-    """There must be weights, of types that files hold."""
-    if not any(tensor.averaged for tensor in contents.tensors):
+def _check(snapshots: Sequence[ForeignSnapshot]) -> None:
+    """Look into all files before anything is written: one that is refused leaves no half run.
+
+    Raises:
+        UnsafePickleError: If one names code.
+        SnapshotError: If one is damaged, holds no weights, or those of another model.
+    """
+    first: dict[str, tuple[int, ...]] | None = None
+    for snapshot in snapshots:
+        shapes = _shapes(snapshot)
+        first = shapes if first is None else first
+        if shapes != first:
+            name = next(n for n in {**first, **shapes} if first.get(n) != shapes.get(n))
+            raise SnapshotError(
+                f"{snapshot.path} holds the weights of another model than {snapshots[0].path}: "
+                f"{name!r} has shape {shapes.get(name, 'none')} here and "
+                f"{first.get(name, 'none')} there. Leave it out; or, if there are several sets of "
+                "weights, say which with subfolder= or key="
+            )
+
+
+def _shapes(snapshot: ForeignSnapshot) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of one file, which is not kept in memory.
+
+    Raises:
+        SnapshotError: As :func:`_check`.
+    """
+    contents = snapshot.open()
+    shapes = {tensor.name: tensor.shape for tensor in contents.tensors if tensor.averaged}
+    if not shapes:
         raise SnapshotError(f"{snapshot.path} holds no weights of a floating-point type")
+    for name in (*(tensor.name for tensor in contents.tensors), *contents.aliases):
+        if name in ("", "__metadata__") or not _is_text(name):
+            raise CorruptSnapshotError(
+                f"{snapshot.path} has a tensor called {name!r:.80}, which files cannot hold; "
+                "rename it, or leave the file out"
+            )
+    held = sum(path.stat().st_size for path in snapshot.files)
+    if sum(tensor.nbytes for tensor in contents.tensors) > _MOST_VIEWED * held:
+        raise CorruptSnapshotError(
+            f"{snapshot.path} has tensors of many times the bytes that it holds, all of the "
+            "same numbers: no weights are like that. Leave it out"
+        )
+    return shapes
+
+
+def _is_text(name: str) -> bool:
+    """Whether it has no halves of characters."""
+    return name.encode("utf-8", "ignore").decode() == name
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from posthoc_ema.profiles import Profile
 
 STATE_FILE = "ema_state.safetensors"
+_THEIRS = frozenset(
+    {"decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power", "foreach"}
+    | {"model_cls", "model_config"}
+)
 
 
 class EMAModel:
@@ -42,7 +46,7 @@ class EMAModel:
         ema: The :class:`posthoc_ema.EMA`. At the end of training call its ``snapshot``.
 
     Raises:
-        TypeError: If parameters were given.
+        TypeError: If parameters were given, or arguments of diffusers' own class.
         ValueError: If an argument is outside its domain.
 
     Example:
@@ -63,6 +67,13 @@ class EMAModel:
                 f"expected the model (got {type(model).__name__}): weights pair by name, and "
                 "parameters alone have none. Write EMAModel(unet, ...) for EMAModel("
                 "unet.parameters(), ...)"
+            )
+        if theirs := sorted(_THEIRS & set(options)):
+            raise TypeError(
+                f"{', '.join(theirs)} of diffusers' EMAModel {'is' if len(theirs) == 1 else 'are'} "
+                "not needed here: leave out what names the model or warms up, and for an average "
+                "of constant decay write EMAModel(unet, sigma_rel=posthoc_ema.Exponential."
+                "from_beta(0.9999))"
             )
         self.ema = EMA(sigma_rel, **options)
         check_track(self.ema, validate_with, "validate_with")

@@ -108,7 +108,13 @@ class EMACallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Update, and note which averages belong to a checkpoint of this step."""
-        self.ema.update(kwargs["model"], t=self._time(args, state))
+        t = self._time(args, state)
+        if t == 0:
+            raise ValueError(
+                f"t= gives 0 after step {state.global_step}; num_input_tokens_seen counts only "
+                "with TrainingArguments(include_num_input_tokens_seen=True)"
+            )
+        self.ema.update(kwargs["model"], t=t)
         attributes = {
             "step": state.global_step,
             "clock": self.ema.clock,

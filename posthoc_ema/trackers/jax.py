@@ -177,8 +177,8 @@ class JaxTracker(Tracker):
         for name, leaf in leaves.items():
             if isinstance(leaf, jax.core.Tracer):
                 raise StructureError(
-                    f"{name} is being traced: EMA.update runs outside jit. Inside, use init and "
-                    "update of posthoc_ema.trackers.jax"
+                    f"{name} is being traced: EMA.update runs outside jit. Inside, use PureEMA of "
+                    "posthoc_ema.integrations.jax, or averaged of posthoc_ema.integrations.optax"
                 )
         # JAX may read numpy arrays later, when the caller has changed them: copy.
         return {n: np.array(x) if isinstance(x, np.ndarray) else x for n, x in leaves.items()}

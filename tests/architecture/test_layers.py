@@ -25,7 +25,7 @@ LAYERS = [
     ["prediction"],
     ["reencode"],
     ["snapshots"],
-    ["importing.pickle_data"],
+    ["importing.pickle_data", "importing.layout"],
     ["importing.torch_data"],
     ["importing.state_dict", "importing.edm2"],
     ["importing.checkpoints", "importing.ema_pytorch"],

@@ -218,6 +218,13 @@ def test_a_place_where_no_folder_can_be_made(unprivileged: Path) -> None:
         ema.update(weights(1))  # at the first update, not at step 100
 
 
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "ema").write_text("")
+    ema = EMA(sigma_rel=0.1, snapshots=tmp_path / "ema", every=100)
+    with pytest.raises(SnapshotWriteError, match="It is a file; give a folder"):
+        ema.update(weights(1))
+
+
 def test_reading_needs_no_permission_to_write(unprivileged: Path) -> None:
     folder = unprivileged / "ema"
     begun(folder)

@@ -4,7 +4,8 @@
 
 The reading process must not have the modules that the pickles name: ``torch_utils.persistence`` and
 ``dnnlib.util`` are made here, on the fly. Standard input holds ``{file: {name: values}}``; each
-protocol gets a folder of its name, and a file ``….npz`` beside each pickle holds the state dict.
+protocol gets a folder of its name, what torch.save makes of the same the folder ``saved``, and a
+file ``….npz`` for each pickle holds the state dict.
 """
 
 from __future__ import annotations
@@ -132,6 +133,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / name, "wb") as file:
                 pickle.dump(data, file, int(protocol))
+        (top / "saved").mkdir(exist_ok=True)
+        torch.save(data, top / "saved" / name)  # storages beside the pickle, not inside
         np.savez(top / f"{name}.npz", **state_dict(data["ema"]))
 
 

@@ -38,8 +38,8 @@ def pickles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_every_protocol(pickles: Path, tmp_path: Path, protocol: int) -> None:
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, "saved"])
+def test_every_protocol(pickles: Path, tmp_path: Path, protocol: int | str) -> None:
     done = import_snapshots(pickles / str(protocol), tmp_path / "ema", encoding="float16")
     assert done.kind == "edm2"
     assert done.unit == "images"

@@ -16,7 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posthoc_ema import PosthocEMAError, Uniform, UnsafePickleError, import_snapshots
+from posthoc_ema import (
+    PosthocEMAError,
+    SnapshotError,
+    Uniform,
+    UnsafePickleError,
+    import_snapshots,
+)
 from posthoc_ema.errors import CorruptSnapshotError
 from posthoc_ema.importing.pickle_data import read_pickle
 from posthoc_ema.importing.region import Cursor, Region
@@ -229,6 +235,113 @@ def test_claims_cost_nothing(tmp_path: Path, number: int) -> None:
     assert peak_of(attempt) < 50e6
 
 
+def copies(argument: bytes, name: bytes, rest: bytes = b"\x85R") -> bytes:
+    """One large thing, given to many calls."""
+    return b"\x80\x04" + argument + b"q\x000c" + name + b"q\x010(" + rest * 3000 + b"t."
+
+
+def doubled(first: bytes, join: bytes) -> bytes:
+    """A thing that holds the one before it twice, sixty times over."""
+    parts = [first + b"q\x00"]
+    parts += [join.replace(b"?", bytes([k - 1])) + b"q" + bytes([k]) for k in range(1, 60)]
+    return b"\x80\x04" + b"0".join(parts)
+
+
+ITEMS = b"(" + b"K\x01" * 30000 + b"t"
+LINEAR = b"ctorch.nn.modules.linear\nLinear\n"
+INNER = LINEAR + b")\x81}" + text("_modules") + b"}(" + text("a") + b"h?" + text("b") + b"h?usb"
+BOMBS = {
+    "tuples": (doubled(b")", b"h?h?\x86") + b"Q.", "outside of it (a tuple)"),
+    "lists": (doubled(b"]", b"](h?h?e") + b"Q.", "outside of it (a list)"),
+    "calls": (doubled(LINEAR + b")\x81", LINEAR + b"h?h?\x86\x81") + b"Q.", "(a Record)"),
+    "modules": (
+        doubled(LINEAR + b")\x81", INNER) + b"0}" + text("ema") + b"h\x3bs.",
+        "more modules, or longer names, than any network",
+    ),
+    "list": (copies(ITEMS, b"builtins\nlist\n", b"h\x01h\x00\x85R"), "many times what the file"),
+    "size": (copies(ITEMS, b"torch\nSize\n", b"h\x01h\x00\x85R"), "many times what the file"),
+    "arguments": (copies(ITEMS, b"torch\nSize\n", b"h\x01h\x00R"), "a call of 30000 arguments"),
+    "operations": (b"\x80\x04(" + b"N" * 3000 + b"l.", "more than 2000 operations"),
+    "keys": (b"\x80\x04}\x8a\x20" + b"\x7f" * 32 + b"Ns.", "a number of 255 bits cannot be a key"),
+    "keywords": (b"\x80\x04ccollections\nOrderedDict\n)K\x05\x92.", "keywords are no mapping"),
+    "buffers": (
+        b"\x80\x04}" + text("ema") + LINEAR + b")\x81}" + text("_non_persistent_buffers_set")
+        + b"K\x05sbs.",
+        "damaged buffers",
+    ),
+}  # fmt: skip
+"""Small files that would take all memory, or forever, if they were followed; or trip a reader."""
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "operations":
+        monkeypatch.setattr("posthoc_ema.importing.pickle_data._MOST_OPERATIONS", 2000)
+    content, message = BOMBS[name]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / NAME).write_bytes(content)
+
+    def attempt() -> None:
+        with pytest.raises(PosthocEMAError) as caught:
+            import_snapshots(folder, tmp_path / "ema")
+        assert NAME in str(caught.value)
+        assert message in str(caught.value)
+
+    # A few copies of what the file holds, where 3000 of them would be 700 MB.
+    assert peak_of(attempt) < 20e6
+    assert not (tmp_path / "ema").exists()
+
+
+def test_nothing_is_written_where_one_of_several_is_refused(tmp_path: Path, mark: Path) -> None:
+    """The files before it are good; the folder, old or new, stays as it was."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    raw = Uniform(1, relative=False)
+    for step in (1, 2):
+        torch.save({"w": torch.ones(3)}, folder / f"step-{step}.pt")
+    import_snapshots(folder, tmp_path / "old", profile=raw)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir() if p.is_file()}
+    torch.save({"w": torch.ones(3)}, folder / "step-3.pt")
+    torch.save({"w": torch.ones(3), "x": touch(mark)}, folder / "step-4.pt")
+    for out in ("old", "new"):
+        with pytest.raises(UnsafePickleError, match=r"step-4\.pt refers to"):
+            import_snapshots(folder, tmp_path / out, profile=raw)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "old").iterdir() if p.is_file()} == before
+    assert not (tmp_path / "new").exists()
+    assert not mark.exists()
+
+
+def test_views_of_the_same_bytes(tmp_path: Path) -> None:
+    """They would fill a disk: each is written as a tensor of its own."""
+    (tmp_path / "source").mkdir()
+    whole = torch.zeros(100_000)
+    state = {str(n): whole[: len(whole) - n] for n in range(40)}
+    torch.save(state, tmp_path / "source" / "step-1.pt")
+    with pytest.raises(CorruptSnapshotError, match=r"step-1\.pt has tensors of many times the byt"):
+        import_snapshots(tmp_path / "source", tmp_path / "ema", profile=Uniform(1, relative=False))
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "half\ud800", ""])
+def test_names_that_no_file_holds(tmp_path: Path, name: str) -> None:
+    (tmp_path / "source").mkdir()
+    torch.save({name: torch.ones(2)}, tmp_path / "source" / "step-1.pt")
+    with pytest.raises(CorruptSnapshotError, match=r"step-1\.pt has a tensor called"):
+        import_snapshots(tmp_path / "source", tmp_path / "ema", profile=Uniform(1, relative=False))
+
+
+def test_storages_that_are_not_behind_the_pickle(tmp_path: Path) -> None:
+    """The old format, with an empty list of those that are."""
+    (tmp_path / "source").mkdir()
+    buffer = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, buffer, _use_new_zipfile_serialization=False)
+    data = buffer.getvalue()
+    end = data.rindex(b"\x80\x02")  # the list of keys
+    (tmp_path / "source" / "step-1.pt").write_bytes(data[:end] + b"\x80\x02].")
+    with pytest.raises(CorruptSnapshotError, match=r"step-1\.pt lacks the numbers of a tensor"):
+        import_snapshots(tmp_path / "source", tmp_path / "ema", profile=Uniform(1, relative=False))
+
+
 def tensor_file(path: Path, shape: Any, stride: Any, offset: Any, count: int = 4) -> None:
     """A file of torch.save whose one tensor claims what it likes of a storage of four numbers."""
 
@@ -267,6 +380,10 @@ def tensor_file(path: Path, shape: Any, stride: Any, offset: Any, count: int = 4
         {"shape": (2.5,), "stride": (1,), "offset": 0},
         {"shape": (1 << 30,), "stride": (1,), "offset": 0, "count": 1 << 30},
         {"shape": None, "stride": (1,), "offset": 0},
+        {"shape": (True,), "stride": (1,), "offset": 0},
+        {"shape": (0, 1 << 61), "stride": (1, 1), "offset": 0},
+        {"shape": (1,) * 65, "stride": (1,) * 65, "offset": 0},
+        {"shape": (1 << 100000,) * 30, "stride": (1,) * 30, "offset": 0},
     ],
 )
 def test_tensors_that_cannot_be(tmp_path: Path, claim: Any) -> None:
@@ -307,6 +424,43 @@ def test_paths_in_archives_and_indices_lead_nowhere(tmp_path: Path) -> None:
         import_snapshots(tmp_path / "source", tmp_path / "ema", profile=Uniform(1, relative=False))
 
 
+@pytest.mark.parametrize(
+    "length", [torch.empty(0), torch.tensor(float("nan")), torch.tensor(5.0), torch.tensor(5j)]
+)
+def test_lengths_that_cannot_be(tmp_path: Path, length: torch.Tensor) -> None:
+    (tmp_path / "source").mkdir()
+    state = {"ema_model.w": torch.ones(3), "sigma_rel": length}
+    torch.save(state, tmp_path / "source" / "0.100.pt")
+    with pytest.raises(SnapshotError, match=r"0\.100\.pt does not say its EMA length"):
+        import_snapshots(tmp_path / "source", tmp_path / "ema")
+
+
+@pytest.mark.parametrize("count", [torch.empty(0).half(), torch.tensor(1e30), torch.tensor(-1.0)])
+def test_counts_that_cannot_be(tmp_path: Path, count: torch.Tensor) -> None:
+    """They are those of batches, which are about the step."""
+    (tmp_path / "source").mkdir()
+    state = {"ema_model.w": torch.ones(3), "ema_model.num_batches_tracked": count}
+    torch.save(state, tmp_path / "source" / "0.100.pt")
+    (snapshot,) = import_snapshots(tmp_path / "source", tmp_path / "ema", sigma_rel=0.1).snapshots
+    assert int(snapshot.read("num_batches_tracked").reshape(())) == 100
+
+
+@pytest.mark.parametrize("name", [NAME, "0.100.pt", "step-100.pt", "step-100.safetensors"])
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "source").mkdir()
+    os.mkfifo(tmp_path / "source" / name)
+    with pytest.raises(SnapshotError, match="is empty"):
+        import_snapshots(tmp_path / "source", tmp_path / "ema")
+    with pytest.raises(SnapshotError, match=f"{name} is no file or folder that exists"):
+        import_snapshots([tmp_path / "source" / name], tmp_path / "ema")
+
+
+def test_a_table_with_a_field_without_end(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("file,t\n" + "a" * 200_000 + ",1\n")
+    with pytest.raises(SnapshotError, match=r"list\.csv cannot be read"):
+        import_snapshots(tmp_path / "list.csv", tmp_path / "ema")
+
+
 # Anything at all ------------------------------------------------------------------------------
 
 
@@ -318,7 +472,7 @@ PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=50)
     | st.binary(max_size=50),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner)
-    | st.tuples(inner, inner) | st.sets(st.integers(), max_size=4),
+    | st.tuples(inner, inner) | st.sets(st.integers(-(2**63), 2**63), max_size=4),
 )  # fmt: skip
 
 

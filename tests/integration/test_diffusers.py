@@ -174,6 +174,8 @@ def test_what_ema_model_refuses(diffusers: Any, ema_model: Any, tmp_path: Path) 
     unet = tiny_unet()
     with pytest.raises(TypeError, match=r"Write EMAModel\(unet, ...\) for EMAModel\(unet\.param"):
         ema_model(unet.parameters())
+    with pytest.raises(TypeError, match=r"decay, model_cls of .* are not .*Exponential\.from_beta"):
+        ema_model(unet, decay=0.9999, model_cls=diffusers.UNet2DModel)
     with pytest.raises(ValueError, match=r"validate_with=0\.2 is not among"):
         ema_model(unet, validate_with=0.2)
     ema = ema_model(unet)

@@ -8,6 +8,7 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def check_commands(path: Path, block: Block) -> None:
         name, rest = words[0], words[1:]
         place = f"{path.name}, line {block.line}: `{' '.join(words)}`"
         if name == "posthoc-ema":
+            # As a shell does; words that match nothing stay.
+            rest = [found for word in rest for found in sorted(glob(word)) or [word]]
             run_python("-m", "posthoc_ema", *rest)
         elif name == "make":
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +361,9 @@ def test_a_state_that_does_not_fit_changes_nothing(state: Any) -> None:
 def test_incomplete_states_are_refused(state: Any) -> None:
     with pytest.raises(ValueError, match=r"no state of EMA\.state_dict: it lacks .*averages"):
         EMA().load_state_dict({})
+    nothing: Any = {"model": {}}.get("ema")  # as a checkpoint from before the EMA gives it
+    with pytest.raises(ValueError, match="from before the EMA was added has none"):
+        EMA().load_state_dict(nothing)
     with pytest.raises(ValueError, match="it lacks clock"):
         EMA(sigma_rel=(0.05, 0.1)).load_state_dict({k: v for k, v in state.items() if k != "clock"})
     with pytest.raises(ValueError, match="averages"):
@@ -396,3 +401,15 @@ def test_newer_states_are_refused(state: Any) -> None:
 def test_another_models_checkpoint_is_no_state() -> None:
     with pytest.raises(ValueError, match=r"do not call load_state_dict"):
         EMA().load_state_dict(nn.Linear(2, 2).state_dict())
+
+
+def test_an_ema_is_not_pickled_but_its_state(tmp_path: Path) -> None:
+    """Before there are averages it may be, as launchers of processes do with callbacks."""
+    ema = pickle.loads(pickle.dumps(EMA(snapshots=tmp_path, every=1)))
+    assert ema.sigma_rel == (0.05, 0.10)
+    ema.update({"w": np.ones(2)})
+    for attempt in (pickle.dumps, deepcopy):
+        with pytest.raises(
+            TypeError, match=r"cannot be copied or pickled.*save its ema\.state_dict"
+        ):
+            attempt(ema)

@@ -82,6 +82,9 @@ def test_time_in_tokens(runs: Any, ema_callback: Any, tmp_path: Path) -> None:
         tmp_path / "run", callback, max_steps=3, include_num_input_tokens_seen="all"
     ).train()
     assert [s.t for s in SnapshotStore(tmp_path).list()] == [32, 64, 96]
+    callback = ema_callback(0.1, t=lambda args, state: state.num_input_tokens_seen)
+    with pytest.raises(ValueError, match=r"include_num_input_tokens_seen=True"):
+        runs.make_trainer(tmp_path / "uncounted", callback, max_steps=3).train()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
