@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.draft import write_text_atomically
 from posthoc_ema.encoding import (
     Digest,
     all_finite,
@@ -33,7 +34,6 @@ from posthoc_ema.importing.region import Region
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import AverageSource, CopySource, RunIdentity, Snapshot
 from posthoc_ema.snapshots import SnapshotStore
-from posthoc_ema.tensorfile import write_text_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
