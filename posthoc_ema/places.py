@@ -8,7 +8,6 @@ storing a whole file at once, and copying.
 from __future__ import annotations
 
 import errno
-import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +17,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")  # two letters at least: C:\ is a drive
 _COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\](?![/\\])")
@@ -315,6 +312,9 @@ def looked_at(place: Place) -> Place:
 
 
 def _local(url: str) -> Path:
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname  # slow to import
+
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path:
         raise ValueError(f"{url} names no local file; write file:///folder/name")
@@ -349,6 +349,8 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 def _exclusive(put_file: Callable[..., Any], new: bool) -> dict[str, Any]:
     """How this file system is told whether it may replace a file; it may know no such thing."""
+    import inspect
+
     known = inspect.signature(put_file).parameters
     wanted = {"mode": "create" if new else "overwrite", "overwrite": not new}
     return {key: value for key, value in wanted.items() if key in known}

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from posthoc_ema.chain import connected, with_inputs
+from posthoc_ema.chain import with_inputs
 from posthoc_ema.consistency import check_one_run
 from posthoc_ema.draft import sync_directory
 from posthoc_ema.errors import ForeignSnapshotError, SnapshotError
-from posthoc_ema.journal import JOURNAL, REWRITTEN, exchange
+from posthoc_ema.folder import Folder, foreign, seen, taken
+from posthoc_ema.journal import REWRITTEN, exchange
 from posthoc_ema.locking import translated, writing
 from posthoc_ema.parts import FOLDER as PARTS
 from posthoc_ema.parts_writing import WrittenPart, part_name, write_index, write_part
 from posthoc_ema.places import Place, RemotePath, as_place, looked_at
 from posthoc_ema.prediction import Memory, refinement_path, write_predicted
 from posthoc_ema.profiles import PowerFunction, Profile
-from posthoc_ema.reading import for_each
 from posthoc_ema.reencode import dependants, write_again
 from posthoc_ema.removal import current, removal_order, set_aside
 from posthoc_ema.snapshot_file import (
@@ -59,7 +59,7 @@ class SnapshotStore:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = as_place(path, storage_options)
-        self._headers: dict[Place, tuple[tuple[int | str, int], Snapshot]] = {}
+        self._folder = Folder(self.path)
         self._memory = Memory()
 
     def __repr__(self) -> str:
@@ -88,29 +88,8 @@ class SnapshotStore:
 
         Where there are a snapshot and its refinement, the refinement stands for both.
         """
-        found, problems = self._everything()
-        return self._seen(found), problems
-
-    def _seen(self, found: Snapshots) -> Snapshots:
-        snapshots = current(found)
-        refined = {s.base.path for s in snapshots if s.base is not None}
-        return [s for s in snapshots if s.path not in refined]
-
-    def _everything(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
-        """All files."""
-        if not isinstance(self.path, RemotePath) and (self.path / JOURNAL).exists():
-            with writing(self.path):  # a deletion was killed half-way
-                pass
-        snapshots: Snapshots = []
-        problems: list[SnapshotError] = []
-        for opened in for_each(self._try_to_open, list(self._files()), self.path):
-            if isinstance(opened, SnapshotError):
-                problems.append(opened)
-            elif opened is not None:
-                snapshots.append(opened)
-        found, broken = connected(snapshots)
-        found.sort(key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0), s.path.name))
-        return found, [*problems, *broken]
+        found, problems = self._folder.everything()
+        return seen(found), problems
 
     def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> Snapshots:
         """Read every byte of every snapshot; return them if all are intact.
@@ -134,7 +113,7 @@ class SnapshotStore:
             SnapshotWriteError: If it cannot be written to.
         """
         with writing(self.path):
-            own = self._own(run)
+            own = self._folder.own(run)
             parts = {path for s in own for path in s.files}
             for leftover in (
                 *self.path.glob(f".*{SUFFIX}.*.tmp"),
@@ -264,10 +243,10 @@ class SnapshotStore:
     def _new_place(self, run: RunIdentity, t: float, profile: Profile) -> tuple[Place, Snapshots]:
         """Where a snapshot goes, and those that are there."""
         path = self.path / f"{_stem(t, profile)}{SUFFIX}"
-        earlier = current(self._own(run))
+        earlier = current(self._folder.own(run))
         for s in earlier:
             if s.path == path or (s.t, s.profile) == (t, profile):
-                raise _taken(s.path)
+                raise taken(s.path)
         return path, earlier
 
     def take(self, snapshot: Snapshot, encoding: str, newest: bool) -> Snapshot:
@@ -285,7 +264,7 @@ class SnapshotStore:
         """
         path = self.path / (snapshot.base or snapshot).path.name
         with writing(self.path):
-            earlier = [s for s in current(self._own(snapshot.run)) if s.t <= snapshot.t]
+            earlier = [s for s in current(self._folder.own(snapshot.run)) if s.t <= snapshot.t]
             if path in [s.path for s in earlier]:
                 raise ForeignSnapshotError(f"{path} already exists")
             with _alone(path):
@@ -302,7 +281,7 @@ class SnapshotStore:
         folder = looked_at(self.path)
         for snapshot in (s.base or s for s in written):
             try:
-                found = self._open(folder / snapshot.path.name)
+                found = self._folder.open(folder / snapshot.path.name)
             except FileNotFoundError:
                 continue
             # Pruning by another process may write a snapshot of a delta encoding once more.
@@ -334,9 +313,9 @@ class SnapshotStore:
         for path in going:
             if path.parent != self.path:
                 raise SnapshotError(f"{path} is not in {self.path}")
-        before = self._bytes()
+        before = self._folder.nbytes()
         with writing(self.path):
-            present = self._everything()[0]
+            present = self._folder.everything()[0]
             for snapshot in present:
                 pair = {snapshot.path, (snapshot.base or snapshot).path}
                 going |= pair if pair & going else set()
@@ -364,7 +343,7 @@ class SnapshotStore:
                     path.unlink(missing_ok=True)
             else:
                 exchange(self.path, [str(p.relative_to(self.path)) for p in gone], sorted(new))
-        return before - self._bytes()
+        return before - self._folder.nbytes()
 
     def _write_again(
         self,
@@ -380,7 +359,7 @@ class SnapshotStore:
         memory, written = Memory(), set[str]()
         refined = {s.base.path for s in again if s.base is not None}  # their averages are coarser
         for snapshot in (s for s in again if s.path not in refined):
-            new = self._connected(looked_at(folder), written, others)
+            new = self._folder.named(looked_at(folder), written, others)
             earlier = sorted([*others, *new], key=lambda s: s.t)
             t, profile = snapshot.t, snapshot.profile
             number = 1 + max(s.rewrites for s in present if (s.t, s.profile) == (t, profile))
@@ -413,62 +392,17 @@ class SnapshotStore:
 
         Where nothing can be locked, that shows only now.
         """
-        found, problems = self._everything()
+        found, problems = self._folder.everything()
         either = (path, refinement_path(path))
         problem = next(
-            (_foreign(s, run) for s in found if s.run.run_id != run.run_id),
+            (foreign(s, run) for s in found if s.run.run_id != run.run_id),
             None if any(s.path == path for s in found) else next(iter(problems), None),
         )
         if problem is not None:
             for place in reversed(either):
                 place.unlink(missing_ok=True)
             raise problem
-        return next(s for s in self._seen(found) if s.path in either)
-
-    def _bytes(self) -> int:
-        folder = looked_at(self.path)
-        parts = (folder / PARTS).glob(f"*{SUFFIX}")
-        return sum(path.stat().st_size for path in (*self._files(folder), *parts))
-
-    def _connected(
-        self, folder: Place, names: Collection[str], others: Sequence[Snapshot]
-    ) -> Snapshots:
-        """Snapshots of some names in a folder, predicted from each other and from others."""
-        own = [self._open(folder / name) for name in sorted(names)]
-        return [s for s in connected([*others, *own])[0] if s.path in {o.path for o in own}]
-
-    def _files(self, folder: Place | None = None) -> Iterator[Place]:
-        folder = looked_at(self.path) if folder is None else folder
-        if folder.is_dir():
-            for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.name):
-                if not path.name.startswith(".") and path.is_file():
-                    yield path
-
-    def _try_to_open(self, path: Place) -> Snapshot | SnapshotError | None:
-        try:
-            return self._open(path)
-        except FileNotFoundError:
-            return None  # pruned, or set aside, since the folder was listed
-        except SnapshotError as error:
-            return error
-
-    def _open(self, path: Place) -> Snapshot:
-        status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size)
-        known = self._headers.get(path)
-        if known is None or known[0] != stamp:
-            known = self._headers[path] = (stamp, Snapshot.open(path))
-        return known[1]
-
-    def _own(self, run: RunIdentity) -> Sequence[Snapshot]:
-        """All snapshots, provided that they belong to this run."""
-        snapshots, problems = self._everything()
-        if problems:
-            raise problems[0]
-        for snapshot in snapshots:
-            if snapshot.run.run_id != run.run_id:
-                raise _foreign(snapshot, run)
-        return snapshots
+        return next(s for s in seen(found) if s.path in either)
 
 
 @contextmanager
@@ -477,23 +411,7 @@ def _alone(path: Place) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        raise _taken(path) from error
-
-
-def _taken(path: Place) -> ForeignSnapshotError:
-    return ForeignSnapshotError(
-        f"{path} already exists, from the same run and time; two processes seem to "
-        "write the same run. Give snapshots= to one of them only"
-    )
-
-
-def _foreign(snapshot: Snapshot, run: RunIdentity) -> ForeignSnapshotError:
-    return ForeignSnapshotError(
-        f"{snapshot.path} belongs to another run ({snapshot.run.run_id}, this one is "
-        f"{run.run_id}). To continue that run, give its tracker state to "
-        "EMA.load_state_dict before the first update; for a new run, give another "
-        "folder; if several processes train one model, give snapshots= to one of them"
-    )
+        raise taken(path) from error
 
 
 def as_store(snapshots: str | os.PathLike[str] | Place | SnapshotStore) -> SnapshotStore:
