@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,13 +92,13 @@ class Reconstruction:
 
 
 def reconstruct(
-    snapshots: str | Place | SnapshotStore,
+    snapshots: str | os.PathLike[str] | SnapshotStore,
     sigma_rel: float | Sequence[float] | Mapping[str, float | Profile] | None = None,
     *,
     target: Profile | Sequence[Profile] | None = None,
     t: float | None = None,
     method: str = "kriging",
-    out: str | Place | None = None,
+    out: str | os.PathLike[str] | Place | None = None,
     framework: str | None = None,
     names: str | Sequence[str] | None = None,
     progress: bool | None = None,
@@ -250,7 +251,7 @@ def reconstruct(
 
 
 def predict_error(
-    snapshots: str | Place | SnapshotStore,
+    snapshots: str | os.PathLike[str] | SnapshotStore,
     sigma_rel: float | Sequence[float],
     t: float | None = None,
     *,
@@ -282,7 +283,7 @@ def predict_error(
 
 
 def select_snapshots(
-    snapshots: str | Place | SnapshotStore, t: float | None
+    snapshots: str | os.PathLike[str] | SnapshotStore, t: float | None
 ) -> tuple[Sequence[Snapshot], float]:
     """Snapshots that an average at ``t`` may use, in order of time, and ``t`` itself.
 
