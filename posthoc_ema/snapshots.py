@@ -87,8 +87,19 @@ class SnapshotStore:
         """All readable snapshots in order, and an error for each file that is not one.
 
         Where there are a snapshot and its refinement, the refinement stands for both.
+
+        Raises:
+            SnapshotError: If a folder elsewhere cannot be listed.
         """
-        found, problems = self._folder.everything()
+        try:
+            found, problems = self._folder.everything()
+        except OSError as error:
+            if not isinstance(self.path, RemotePath):
+                raise
+            raise SnapshotError(
+                f"cannot list {self.path}: {error.strerror}; is the URL right, do the credentials "
+                "allow it, and can it be reached?"
+            ) from error
         return seen(found), problems
 
     def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> Snapshots:

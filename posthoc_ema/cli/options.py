@@ -103,14 +103,14 @@ class _Folder(click.ParamType):  # type: ignore[type-arg]
             return value
         try:
             store = SnapshotStore(value)
-        except (ValueError, ModuleNotFoundError) as error:
+            if not store.path.is_dir():
+                problem = "is not a folder" if store.path.exists() else "does not exist"
+            elif not any(store.scan()):
+                problem = "holds no snapshots"
+            else:
+                return store
+        except (ValueError, ModuleNotFoundError, OSError) as error:
             self.fail(str(error), param, ctx)
-        if not store.path.is_dir():
-            problem = "is not a folder" if store.path.exists() else "does not exist"
-        elif not any(store.scan()):
-            problem = "holds no snapshots"
-        else:
-            return store
         self.fail(f"{value} {problem}; give the folder that EMA(snapshots=...) wrote", param, ctx)
 
 
