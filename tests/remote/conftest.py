@@ -41,9 +41,14 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def memory() -> Iterator[str]:
     """URL of an empty folder in memory."""
-    MemoryFileSystem.store.clear()
+
+    def clear() -> None:
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+
+    clear()
     yield "memory://runs"
-    MemoryFileSystem.store.clear()
+    clear()
 
 
 @pytest.fixture(params=["memory", "bucket"])

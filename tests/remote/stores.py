@@ -46,6 +46,7 @@ class ObjectStore(MemoryFileSystem):
     """
 
     protocol = "objects"
+    cachable = False  # each has files of its own
     async_impl = True  # as of all file systems of object stores
 
     def __init__(
@@ -87,8 +88,8 @@ class ObjectStore(MemoryFileSystem):
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
     ) -> bytes:
+        self._ask("read", path, len(super().cat_file(path, start=start, end=end)))
         found: bytes = super().cat_file(path, start=start, end=end)
-        self._ask("read", path, len(found))
         return found
 
     def put_file(self, lpath: str, rpath: str, mode: str = "overwrite", **kwargs: Any) -> None:  # type: ignore[override]

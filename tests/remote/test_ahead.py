@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_any_ranges_read_in_any_cuts(data: st.DataObject) -> None:
     for start, size in ranges:
         number = data.draw(st.integers(1, 5))
         inner = [start + size * k // number for k in range(number + 1)]
-        cuts += [(a, b - a) for a, b in zip(inner[:-1], inner[1:], strict=True)]
+        cuts += [(a, b - a) for a, b in pairwise(inner)]
     order = data.draw(st.permutations(range(len(cuts))))
     for k in order:
         read(reader, *cuts[k])
