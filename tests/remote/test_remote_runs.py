@@ -35,7 +35,7 @@ from tests.integration.small_run import flip_a_byte, write_run
 def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in a local folder, in each kind of encoding."""
     folder = tmp_path_factory.mktemp("local") / request.param
-    return write_run(folder, every=40, encoding=request.param)
+    return write_run(folder, every=80, encoding=request.param)
 
 
 def copy_to(folder: Path, url: str) -> str:
@@ -217,7 +217,8 @@ def test_pruned_and_thinned(url: str, tmp_path: Path, encoding: str) -> None:
     assert len(files(url)) == sum(len(s.files) for s in found)
 
 
-def test_converted_there_and_back(local: Path, url: str, tmp_path: Path) -> None:
+def test_converted_there_and_back(local: Path, memory: str, tmp_path: Path) -> None:
+    url = memory
     copy_to(local, f"{url}/ema")
     convert(f"{url}/ema", f"{url}/small", "delta6")
     convert(local, tmp_path / "small", "delta6")
@@ -281,7 +282,8 @@ def write_parts(store: SnapshotStore) -> Iterator[Any]:
 # The command line ------------------------------------------------------------------------------
 
 
-def test_commands_take_urls(local: Path, bucket: str, tmp_path: Path) -> None:
+def test_commands_take_urls(bucket: str, tmp_path: Path) -> None:
+    local = write_run(tmp_path / "ema", every=80)
     copy_to(local, f"{bucket}/ema")
     for command in ("list", "verify", "error"):
         found, wanted = (invoke_json(command, folder) for folder in (f"{bucket}/ema", str(local)))
@@ -296,8 +298,8 @@ def test_commands_take_urls(local: Path, bucket: str, tmp_path: Path) -> None:
     invoke("convert", f"{bucket}/ema", f"{bucket}/small", "--encoding", "delta8")
     invoke("prune", f"{bucket}/small", "--keep", "2", "--yes")
     assert len(times(f"{bucket}/small")) == 2
-    invoke("plot", f"{bucket}/ema", "--out", tmp_path / "plot.png")
-    refused = invoke("plot", f"{bucket}/ema", "--out", f"{bucket}/plot.png", status=2)
+    invoke("plot", "error", f"{bucket}/ema", "--out", tmp_path / "plot.png")
+    refused = invoke("plot", "error", f"{bucket}/ema", "--out", f"{bucket}/plot.png", status=2)
     assert "is a URL; give a local file" in refused.stderr
     nothing = invoke("list", f"{bucket}/nothing", status=2)
     assert "does not exist; give the folder" in nothing.stderr

@@ -11,14 +11,14 @@ from stores import ObjectStore
 
 from posthoc_ema import EMA, SnapshotStore, predict_error, reconstruct
 
-TIMES, LATENCY = 10, 0.02
-LARGE, SMALL = 1_500_000, 1000
+TIMES, LATENCY = 6, 0.02
+LARGE, SMALL = 3_000_000, 1000
 FILE = 4 * (LARGE + SMALL)
 HEADER = 128 << 10  # fetched of each file, whatever its length is
 
 
 def snapshots(encoding: str = "float32", **shapes: Any) -> ObjectStore:
-    """A run of ten times and two tracks, 6 MB a file."""
+    """A run of six times and two tracks, 12 MB a file."""
     fs, rng = ObjectStore(), np.random.default_rng(0)
     shapes = shapes or {"large": (LARGE,), "small": (SMALL,)}
     weights = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
