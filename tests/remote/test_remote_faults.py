@@ -82,7 +82,7 @@ def in_turn(fs: ObjectStore, work: Callable[[], object]) -> Any:
 
 
 @pytest.mark.parametrize("encoding", ["float32", "delta8"])
-def test_a_kill_while_snapshots_are_deleted(encoding: str) -> None:
+def test_a_kill_while_snapshots_are_deleted(encoding: str, tmp_path: Path) -> None:
     """Files predicted from others are written once more; at no time is anything unreadable."""
     fs = ObjectStore()
     ema = train(tracker(fs, encoding=encoding), 1, 5)
@@ -107,6 +107,11 @@ def test_a_kill_while_snapshots_are_deleted(encoding: str) -> None:
     for killed in in_turn(fs, delete):
         count += 1
         assert_sound(set(range(1, 6)) - doomed)
+        copy = tmp_path / f"copy-{count}"  # as a backup at this moment would be
+        copy.mkdir()
+        for name in names(fs, "ema"):
+            (copy / name).write_bytes(fs.cat_file(f"/ema/{name}"))
+        assert {s.t for s in SnapshotStore(copy).verify()} == times(fs)
         if killed:  # then again, to the end; or a run goes on there
             if count % 2:
                 delete()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers import assert_equal
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -23,6 +24,7 @@ def work(rank: int, number: int, folder: Path, url: str, options: dict[str, Any]
     train(sharded_model(init_device_mesh("cpu", (number,))), SnapshotStore(url, options))
 
 
+@pytest.mark.slow
 def test_processes_write_their_shards_there(endpoint: str, bucket: str, tmp_path: Path) -> None:
     # The processes come from a server that was started before the environment was set.
     options = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": endpoint}}
