@@ -186,7 +186,7 @@ class RemotePath:
         with self._asking():
             if self.fs.async_impl:
                 # Object stores: what they put is there as a whole or not at all.
-                self.fs.put_file(str(source), self.key, **_exclusive(self.fs.put_file, new))
+                self._put(str(source), new)
                 return
             # Others may show a file while it grows, but rename it at once.
             hidden = self.with_name(f".{self.name}.{os.urandom(4).hex()}.tmp")
@@ -199,6 +199,20 @@ class RemotePath:
             except BaseException:
                 with suppress(Exception):
                     self.fs.rm_file(hidden.key)
+                raise
+
+    def _put(self, source: str, new: bool) -> None:
+        put = self.fs.put_file
+        try:
+            put(source, self.key, **_exclusive(put, new))
+        except Exception as error:
+            if not new or isinstance(error, FileExistsError):
+                raise
+            if getattr(error, "errno", None) in (errno.ENOSYS, errno.ENOTSUP):
+                put(source, self.key, **_exclusive(put, False))  # it cannot refuse
+            elif self.fresh().is_file():  # not every client says why it was refused
+                raise FileExistsError(errno.EEXIST, "exists already", self.url) from error
+            else:
                 raise
 
     def copy_to(self, other: RemotePath) -> None:

@@ -298,6 +298,33 @@ def test_two_processes_that_write_the_same_snapshot_at_the_same_moment() -> None
     store_of(fs).verify()
 
 
+def test_a_store_that_does_not_say_why_it_refuses() -> None:
+    """Not all of them do; and some have never heard of refusing."""
+    fs = ObjectStore()
+    put = fs.put_file
+
+    def refuses(source: str, target: str, mode: str = "overwrite") -> None:
+        try:
+            put(source, target, mode=mode)
+        except FileExistsError:
+            raise OSError(22, "At least one of the pre-conditions did not hold") from None
+
+    def knows_nothing(source: str, target: str, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise OSError(38, "A header you provided implies functionality not implemented")
+        put(source, target)
+
+    fs.put_file = knows_nothing  # type: ignore[method-assign]
+    state = train(tracker(fs), 1, 1).state_dict()
+    fs.put_file = refuses  # type: ignore[method-assign]
+    first, second = tracker(fs), tracker(fs)
+    for ema in (first, second):
+        ema.load_state_dict(state)
+    at_first_put(fs, lambda: second.update(weights(-2)))
+    with pytest.raises(ForeignSnapshotError, match="already exists"):
+        first.update(weights(2))
+
+
 def test_one_that_is_replaced_where_nothing_can_be_refused_is_noticed_later() -> None:
     fs = ObjectStore(knows_create=False)
     state = train(tracker(fs), 1, 1).state_dict()
