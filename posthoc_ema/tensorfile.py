@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from operator import index
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,7 @@ def read_header(path: Place) -> Header:
             f"{path} is not a complete safetensors file ({error}); it was truncated or damaged. "
             "Restore it from a copy, or delete it to go on without it"
         ) from error
-    metadata = header.pop("__metadata__", {}).get(METADATA_KEY)
+    metadata = (header.pop("__metadata__", None) or {}).get(METADATA_KEY)
     start = 8 + length
     entries = [
         TensorEntry(name, e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0])
@@ -127,7 +128,7 @@ def _fetched_header(path: RemotePath) -> tuple[int, Any]:
         ValueError: If it does not describe every byte of the file, or is none.
     """
     size = path.stat().st_size
-    data = path.fetch(0, min(size, _FIRST_FETCH))
+    data = path.fetch(0, min(size, _FIRST_FETCH)) if size else b""
     length = int.from_bytes(data[:8], "little")
     start = 8 + length
     if not 8 < start <= min(size, _LONGEST_HEADER):
@@ -135,14 +136,18 @@ def _fetched_header(path: RemotePath) -> tuple[int, Any]:
     if start > len(data):
         data += path.fetch(len(data), start)
     header = json.loads(data[8:start])
-    place = 0
-    tensors = [(n, e) for n, e in header.items() if n != "__metadata__"]
-    for name, entry in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
-        shape, (begin, end) = entry["shape"], entry["data_offsets"]
-        nbytes = prod(shape) * ITEM_SIZE.get(entry["dtype"], -1)
-        if begin != place or end - begin != nbytes or any(n < 0 for n in shape):
-            raise ValueError(f"the table of tensors is wrong about {name}")
-        place = end
+    try:
+        place = 0
+        tensors = [(n, e) for n, e in header.items() if n != "__metadata__"]
+        for name, entry in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            nbytes = prod(map(index, shape)) * ITEM_SIZE[entry["dtype"]]
+            if begin != place or end - begin != nbytes or any(n < 0 for n in shape):
+                raise ValueError(f"the table of tensors is wrong about {name}")
+            place = end
+        (header.get("__metadata__") or {}).get("format")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"its header does not describe tensors: {error!r}") from error
     if start + place != size:
         raise ValueError(f"it has {size} bytes, expected {start + place}")
     return length, header

@@ -347,6 +347,15 @@ def test_damage_is_found(local: Path, memory: str, tmp_path: Path) -> None:
         (lambda data: data.replace(b'"F32"', b'"F16"', 1), "the table of tensors is wrong about"),
         (lambda data: data.replace(b"[33,30]", b"[30,30]", 1), "the table of tensors is wrong"),
         (lambda data: data[:8] + b"x" + data[9:], "is not a complete safetensors file"),
+        (lambda data: data.replace(b'"I64"', b'"I65"', 1), "its header does not describe tensors"),
+        (lambda data: data.replace(b"[33,30]", b"[33,3.]", 1), "is not a complete safetensors"),
+        (lambda data: data.replace(b"[33,30]", b'"33,30"', 1), "does not describe tensors"),
+        (lambda data: b"\2" + bytes(7) + b"[]", "its header does not describe tensors"),
+        (lambda data: b"\2" + bytes(7) + b"{}" + data, r"it has \d+ bytes, expected 10"),
+        (
+            lambda data: b"\x16" + bytes(7) + b'{"__metadata__": null}',
+            "but no snapshot of posthoc_ema",
+        ),
     ],
 )
 def test_damaged_headers_are_found(memory: str, tmp_path: Path, change: Any, message: str) -> None:
