@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,33 @@ def test_what_a_kill_left_under_hidden_names_is_removed(memory: str) -> None:
     resumed.load_state_dict(ema.state_dict())
     resumed.update(weights(2))
     assert len(fs.find("/runs")) == 2
+
+
+@pytest.mark.parametrize("system", ["linux", "other"])
+def test_no_room_to_put_a_file_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    """Files for elsewhere grow in the folder of temporary files, and leave nothing there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if system == "other":  # without names for open files
+        exists = os.path.exists
+        monkeypatch.setattr(os.path, "exists", lambda p: "/proc/" not in str(p) and exists(p))
+    fs = ObjectStore()
+    ema = train(tracker(fs), 1, 1)
+    before = contents(fs)
+
+    def full(*args: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        message = rf"objects:///ema: No space left on device.*free space in {tmp_path}"
+        with pytest.raises(SnapshotWriteError, match=message):
+            ema.update(weights(2))
+    assert contents(fs) == before
+    train(ema, 3, 3)
+    assert times(fs) == {1, 3}
+    assert list(tmp_path.iterdir()) == []
 
 
 # Two writers -----------------------------------------------------------------------------------
