@@ -135,7 +135,8 @@ class SnapshotStore:
             future = [s for s in own if s.t > t]
             if future:
                 self._set_aside(future, t)
-            self._delete_superseded([s for s in own if s.t <= t])
+            if isinstance(self.path, RemotePath):
+                self._delete_superseded([s for s in own if s.t <= t])
 
     def _set_aside(self, future: Snapshots, t: float) -> None:
         attic = self.path / ABANDONED
