@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +28,8 @@ class Draft:
         self.shown = False
         """Whether it is in its place; a local one perhaps not durably, if publishing failed."""
         if isinstance(place, RemotePath):
+            import tempfile  # slow to import, and for these files only
+
             descriptor, name = tempfile.mkstemp(prefix="posthoc_ema-", suffix=".tmp")
             self._temporary: str | Path = name
             self.file: IO[bytes] = os.fdopen(descriptor, "wb")

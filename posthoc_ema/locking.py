@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from tempfile import gettempdir
 
 from posthoc_ema.errors import SnapshotWriteError
 from posthoc_ema.journal import recover
@@ -51,6 +50,8 @@ def translated(folder: Place) -> Iterator[None]:
             raise
         remedy = "free space or make the folder writable"
         if isinstance(folder, RemotePath):
+            from tempfile import gettempdir  # slow to import
+
             remedy = (
                 f"make it writable, or free space in {gettempdir()} where files are put together"
             )
