@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from posthoc_ema.encoding import check_encoding
+from posthoc_ema.places import Place
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.snapshots import SnapshotStore, as_store
 
 
 def convert(
-    snapshots: str | Path | SnapshotStore,
-    out: str | Path,
+    snapshots: str | os.PathLike[str] | SnapshotStore,
+    out: str | os.PathLike[str] | Place | SnapshotStore,
     encoding: str,
     *,
     progress: bool | None = None,
@@ -24,7 +25,7 @@ def convert(
 
     Args:
         snapshots: The folder that ``EMA(snapshots=...)`` wrote, or a store.
-        out: The new folder.
+        out: The new folder, or its URL, or a store.
         encoding: As in :class:`posthoc_ema.EMA`.
         progress: Show a progress bar; by default if standard error is a terminal.
 
@@ -43,7 +44,7 @@ def convert(
 
     check_encoding(encoding)
     source = as_store(snapshots)
-    target = SnapshotStore(out)
+    target = as_store(out)
     found = source.list()
     if target.path.resolve() == source.path.resolve():
         raise ValueError(f"out must be another folder than {source.path}")

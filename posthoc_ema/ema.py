@@ -16,7 +16,7 @@ from posthoc_ema.profiles import Profile, as_profile, profile_from_dict
 from posthoc_ema.recording import Moment, Recorder
 from posthoc_ema.schedule import Every, Schedule, update_weight
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 from posthoc_ema.trackers.base import Selection, Tracker
 from posthoc_ema.trackers.pick import common_run_id, make_tracker
 
@@ -39,7 +39,7 @@ class EMA:
     Args:
         sigma_rel: EMA lengths to track, as fractions of training time. Two, like the default,
             allow any other to be reconstructed afterwards.
-        snapshots: Folder for snapshots; None keeps none.
+        snapshots: Folder for snapshots, or its URL, or a store; None keeps none.
         every: Interval between snapshots, in units of t: one of each track is written by the
             first update at or past each multiple.
         schedule: Instead of ``every``, any :class:`posthoc_ema.schedule.Schedule`. One that
@@ -85,7 +85,7 @@ class EMA:
         self,
         sigma_rel: float | Profile | Sequence[float | Profile] = (0.05, 0.10),
         *,
-        snapshots: str | os.PathLike[str] | None = None,
+        snapshots: str | os.PathLike[str] | SnapshotStore | None = None,
         every: float | None = None,
         schedule: Schedule | None = None,
         encoding: str = "float32",
@@ -113,7 +113,7 @@ class EMA:
         check_encoding(encoding)
         self._recorder: Recorder | None = None
         if snapshots is not None:
-            store = SnapshotStore(snapshots)
+            store = as_store(snapshots)
             self._recorder = Recorder(store, schedule, encoding, self._profiles, background)
         self._select = Selection.of(include, exclude)
         self._device, self._unit, self._nonfinite = device, unit, nonfinite

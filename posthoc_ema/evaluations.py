@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
+from posthoc_ema.draft import write_text_atomically
+from posthoc_ema.places import Place, as_place
 from posthoc_ema.reconstruct import Reconstruction, reconstruct, select_snapshots
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.snapshots import SnapshotStore, as_store
-from posthoc_ema.tensorfile import write_text_atomically
 
 CACHE_VERSION = 1
 
@@ -65,7 +65,7 @@ class Evaluations:
             "names": names,
         }
         self._batch = max(1, max_bytes // max(_result_bytes(usable[-1]), 1))
-        self._cache = None if cache is None else Path(cache)
+        self._cache = None if cache is None else as_place(cache)
         # Anything here being different means that cached metrics are those of other weights.
         self._identity = {
             "run_id": usable[0].run.run_id,
@@ -121,7 +121,7 @@ class Evaluations:
         write_text_atomically(self._cache, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def _read_cache(path: Path, identity: Mapping[str, Any]) -> dict[float, Evaluation]:
+def _read_cache(path: Place, identity: Mapping[str, Any]) -> dict[float, Evaluation]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version, stored = data["posthoc_ema_sweep"], data["identity"]

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.ahead import REQUESTS
 from posthoc_ema.blocks import BLOCK
 from posthoc_ema.chain import is_residual, with_inputs
 from posthoc_ema.encoding import all_finite, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.movement import Movement, fit_movement, informative
-from posthoc_ema.reading import Reader
+from posthoc_ema.reading import Reader, check_unreplaced, for_each
 from posthoc_ema.snapshot_file import Snapshot
 
 if TYPE_CHECKING:
@@ -169,9 +170,11 @@ def sample_weights(
     files = with_inputs(snapshots)
     out = np.empty((len(files), count), np.float64 if double else np.float32)
     row_of = {snapshot.digests["header"]: row for row, snapshot in enumerate(files)}
-    for row, snapshot in zip(out, files, strict=True):
-        with snapshot.opened() as file:
-            _read_pieces(snapshot, file, pieces, row)
+    read = list(zip(out, files, strict=True))
+    for _ in for_each(lambda item: _read_pieces(item[1], pieces, item[0]), read, files[0].path):
+        pass
+    check_unreplaced(path for snapshot in files for path in snapshot.files)
+    for row, snapshot in read:
         if snapshot.inputs:
             residual = np.repeat(
                 [is_residual(snapshot, name) for name, _, _ in pieces],
@@ -184,7 +187,7 @@ def sample_weights(
 
 
 def _read_pieces(
-    snapshot: Snapshot, file: Reader, pieces: Sequence[tuple[str, int, int]], row: NDArray[Any]
+    snapshot: Snapshot, pieces: Sequence[tuple[str, int, int]], row: NDArray[Any]
 ) -> None:
     """Fill a row with pieces of a file, each of a tensor's elements from one on."""
     entries = [snapshot.entries[name] for name, _, _ in pieces]
@@ -199,7 +202,8 @@ def _read_pieces(
             places.append((entries[k].offset + stored_size(dtype, first), size, bytes_))
             size += bytes_
         raw = np.empty(size, np.uint8)
-        _read_places(file, sorted(places), raw)
+        with snapshot.opened() as file:
+            _read_places(file, sorted(places), raw)
         if not all_finite(raw, dtype):
             snapshot.verify()  # damage shall be called damage
             bad = next(
@@ -229,20 +233,24 @@ def _read_places(
     file: Reader, places: Sequence[tuple[int, int, int]], out: NDArray[np.uint8]
 ) -> None:
     """Read (offset in the file, place in ``out``, bytes); those close to each other in one go."""
-    k = 0
-    while k < len(places):
-        start = stop = places[k][0]
-        together = k
-        for offset, _, size in places[k:]:
-            if together > k and (offset - stop > _GAP or offset + size - start > _READ):
-                break
-            stop, together = offset + size, together + 1
-        if together == k + 1:
-            _, at, size = places[k]
+    groups: list[list[tuple[int, int, int]]] = []
+    for place in places:
+        offset, _, size = place
+        if groups:
+            (start, *_), (last, _, length) = groups[-1][0], groups[-1][-1]
+            if offset - (last + length) <= _GAP and offset + size - start <= _READ:
+                groups[-1].append(place)
+                continue
+        groups.append([place])
+    spans = [(group[0][0], group[-1][0] + group[-1][2]) for group in groups]
+    # Of files elsewhere many are read at a time.
+    file.expect([(start, stop - start) for start, stop in spans], together=REQUESTS)
+    for group, (start, stop) in zip(groups, spans, strict=True):
+        if len(group) == 1:
+            _, at, size = group[0]
             file.read(start, out[at : at + size])
-        else:
-            buffer = np.empty(stop - start, np.uint8)
-            file.read(start, buffer)
-            for offset, at, size in places[k:together]:
-                out[at : at + size] = buffer[offset - start : offset - start + size]
-        k = together
+            continue
+        buffer = np.empty(stop - start, np.uint8)
+        file.read(start, buffer)
+        for offset, at, size in group:
+            out[at : at + size] = buffer[offset - start : offset - start + size]

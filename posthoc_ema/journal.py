@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from posthoc_ema.tensorfile import sync_directory, write_text_atomically
+from posthoc_ema.draft import sync_directory, write_text_atomically
 
 REWRITTEN = ".rewritten"
 """Hidden folder of files that shall take the place of others of their names."""

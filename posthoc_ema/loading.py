@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from posthoc_ema.arrays import average_to_framework, copy_to_framework
 from posthoc_ema.errors import SnapshotError
+from posthoc_ema.places import Place
+from posthoc_ema.reading import open_file
 from posthoc_ema.snapshot_file import CopySource, Snapshot
-from posthoc_ema.tensorfile import read_header, read_range
+from posthoc_ema.tensorfile import read_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,13 +38,13 @@ def loaded(
     return lambda: (params, buffers)
 
 
-def stamps_of(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+def stamps_of(paths: Sequence[Place]) -> dict[Place, tuple[int | str, int]]:
     """What changes when a file is replaced."""
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
 
 def load_files(
-    stamps: Mapping[Path, tuple[int, int]], snapshot: Snapshot, framework: str
+    stamps: Mapping[Place, tuple[int | str, int]], snapshot: Snapshot, framework: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a reconstruction back from the files that it was written to."""
     if stamps_of(list(stamps)) != stamps:
@@ -53,10 +54,12 @@ def load_files(
         )
     arrays, copies = {}, []
     for path in stamps:
-        with open(path, "rb") as file:
-            for entry in read_header(path).entries.values():
+        with open_file(path) as file:
+            entries = list(read_header(path).entries.values())
+            file.expect((entry.offset, entry.nbytes) for entry in entries)
+            for entry in entries:
                 raw = np.empty(entry.nbytes, np.uint8)
-                read_range(file.fileno(), entry.offset, raw)
+                file.read(entry.offset, raw)
                 if entry.name in snapshot.averages:
                     kind = "<f8" if entry.dtype == "F64" else "<f4"
                     arrays[entry.name] = raw.view(kind).reshape(entry.shape)

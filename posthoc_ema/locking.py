@@ -5,20 +5,25 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from posthoc_ema.errors import SnapshotWriteError
 from posthoc_ema.journal import recover
+from posthoc_ema.places import Place, RemotePath
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Place) -> Iterator[None]:
     """Exclusive access among the processes of one machine; finishes what a kill left undone.
+
+    Elsewhere nothing can be locked, and nothing is left undone.
 
     Raises:
         SnapshotWriteError: For any error of the operating system inside.
     """
     with translated(folder):
+        if isinstance(folder, RemotePath):
+            yield
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "ab") as lock:
             try:
@@ -36,20 +41,26 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def translated(folder: Path) -> Iterator[None]:
+def translated(folder: Place) -> Iterator[None]:
     """Errors of the operating system as :class:`SnapshotWriteError`."""
     try:
         yield
     except OSError as error:
         if isinstance(error, SnapshotWriteError):
             raise
+        remedy = "free space or make the folder writable"
+        if isinstance(folder, RemotePath):
+            from tempfile import gettempdir  # slow to import
+
+            remedy = (
+                f"make it writable, or free space in {gettempdir()} where files are put together"
+            )
         raise SnapshotWriteError(
             error.errno,
             f"cannot write snapshots to {folder}: {error.strerror}. "
             + (
                 "It is a file; give a folder"
                 if folder.is_file()
-                else "Those already there are unharmed; free space or make the folder writable, "
-                "and the next update tries again"
+                else f"Those already there are unharmed; {remedy}, and the next update tries again"
             ),
         ) from error

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from pathlib import Path
 from typing import Any
 
+from posthoc_ema.draft import write_text_atomically
 from posthoc_ema.encoding import bytes_digest
 from posthoc_ema.errors import CorruptSnapshotError
+from posthoc_ema.places import Place
 from posthoc_ema.sinks import index_path, index_text, shard_path
 from posthoc_ema.snapshot_file import Snapshot
-from posthoc_ema.tensorfile import Header, canonical_json, read_header, write_text_atomically
+from posthoc_ema.tensorfile import Header, canonical_json, read_header
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Partition:
     of: int
     names: frozenset[str]
     request: str
-    results: Sequence[Path]
+    results: Sequence[Place]
 
     @classmethod
     def of_request(
@@ -40,7 +41,7 @@ class Partition:
         snapshots: Sequence[Snapshot],
         names: Sequence[str],
         request: Any,
-        results: Sequence[Path],
+        results: Sequence[Place],
     ) -> Partition:
         """The part ``(i, n)`` of a request.
 
@@ -60,7 +61,7 @@ class Partition:
         return cls(number, of, _share(sizes, number, of), digest, results)
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[Place]:
         """The file of this part of each result."""
         return [shard_path(path, self.number, self.of) for path in self.results]
 
@@ -96,7 +97,7 @@ class Partition:
                 path.unlink(missing_ok=True)  # an earlier result under the other name
 
 
-def _header(path: Path) -> Header | None:
+def _header(path: Place) -> Header | None:
     try:
         return read_header(path)
     except (FileNotFoundError, CorruptSnapshotError):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,16 @@ import numpy as np
 from posthoc_ema.boxes import Box
 from posthoc_ema.encoding import stored_size
 from posthoc_ema.errors import CorruptSnapshotError, SnapshotError
-from posthoc_ema.reading import Check, FileCheck, OpenFile, Progress, open_file
+from posthoc_ema.places import Place, RemotePath, looked_at
+from posthoc_ema.reading import (
+    Check,
+    FileCheck,
+    Progress,
+    Reader,
+    RemoteFile,
+    for_each,
+    open_file,
+)
 from posthoc_ema.tensorfile import TensorEntry, header_digest, read_header
 
 if TYPE_CHECKING:
@@ -133,7 +141,7 @@ def _run_axis(box: Sequence[int], shape: Sequence[int]) -> int:
 class _File:
     """One file of a snapshot: its sections, in the order of its bytes."""
 
-    path: Path
+    path: Place
     entries: Mapping[str, TensorEntry]
     boxes: Mapping[str, Box]
     averages: frozenset[str]
@@ -158,7 +166,7 @@ class Parts:
 
     def __init__(
         self,
-        index: Path,
+        index: Place,
         parts: Sequence[Part],
         own: Mapping[str, TensorEntry],
         entries: Mapping[str, TensorEntry],
@@ -168,7 +176,7 @@ class Parts:
         self._digests = digests
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[Place, ...]:
         """Of all parts."""
         return tuple(self._index.parent / FOLDER / part.name for part in self.parts)
 
@@ -180,9 +188,12 @@ class Parts:
             FileNotFoundError: If the index is gone too.
         """
         for part, path in zip(self.parts, self.paths, strict=True):
-            size = path.stat().st_size if path.exists() else None
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                size = None
             if size != part.nbytes:
-                self._index.stat()
+                looked_at(self._index).stat()
                 problem = "is missing" if size is None else f"has {size} bytes"
                 raise CorruptSnapshotError(
                     f"{self._index} needs {path}, which {problem}, expected {part.nbytes} bytes. "
@@ -207,9 +218,10 @@ class Parts:
     def _files(self) -> list[_File]:
         whole = {name: Box.whole(entry.shape) for name, entry in self._own.items()}
         own = _File(self._index, self._own, whole, frozenset(), self._digests)
-        return [own, *map(self._read_header, self.parts, self.paths)]
+        listed = list(zip(self.parts, self.paths, strict=True))
+        return [own, *for_each(lambda item: self._read_header(*item), listed, self._index)]
 
-    def _read_header(self, part: Part, path: Path) -> _File:
+    def _read_header(self, part: Part, path: Place) -> _File:
         try:
             header = read_header(path)
         except OSError as error:
@@ -243,19 +255,44 @@ class Parts:
 class OpenParts:
     """Reads the one long file; the files themselves are opened as they are needed."""
 
-    def __init__(self, paths: Sequence[Path], layout: Layout) -> None:
+    def __init__(self, paths: Sequence[Place], layout: Layout) -> None:
         self._paths, self._layout = paths, layout
+        self._remote: dict[int, RemoteFile] = {}
+
+    def expect(self, ranges: Iterable[tuple[int, int]], together: int = 1) -> None:
+        """Let files on other file systems fetch what will be read."""
+        if not isinstance(self._paths[0], RemotePath):
+            return
+        self.close()
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for offset, number in ranges:
+            for k, start, size in self._layout.locate(offset, number):
+                listed = wanted.setdefault(k, [])
+                if listed and sum(listed[-1]) == start:  # rows of a box follow each other
+                    start, size = listed[-1][0], listed.pop()[1] + size
+                listed.append((start, size))
+        for k, listed in wanted.items():
+            path = self._paths[k]
+            if isinstance(path, RemotePath):
+                self._remote[k] = RemoteFile(path)
+                self._remote[k].expect(listed, together * len(wanted))
 
     def read(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` with the bytes from ``offset`` on."""
         done = 0
         with ExitStack() as stack:
-            files: dict[int, OpenFile] = {}
+            files: dict[int, Reader] = dict(self._remote)
             for k, start, size in self._layout.locate(offset, len(out)):
                 if k not in files:
                     files[k] = stack.enter_context(open_file(self._paths[k]))
                 files[k].read(start, out[done : done + size])
                 done += size
+
+    def close(self) -> None:
+        """Give up what is on its way."""
+        for file in self._remote.values():
+            file.close()
+        self._remote.clear()
 
 
 class PartsCheck:

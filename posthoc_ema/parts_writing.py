@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from posthoc_ema.boxes import Box
+from posthoc_ema.draft import sync_directory
 from posthoc_ema.encoding import ENCODINGS, Digest, alignment, check_encoding
 from posthoc_ema.errors import SnapshotWriteError, StructureError
 from posthoc_ema.parts import FOLDER, Part, covers
+from posthoc_ema.places import Place, looked_at
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import PARTS_VERSION, AverageSource, CopySource, RunIdentity
 from posthoc_ema.snapshot_writing import NO_DIGEST, Magnitude, magnitudes, write_snapshot
@@ -22,7 +23,6 @@ from posthoc_ema.tensorfile import (
     TensorFileWriter,
     header_digest,
     read_header,
-    sync_directory,
 )
 
 
@@ -49,7 +49,7 @@ def part_name(stem: str, number: int, of: int) -> str:
 
 
 def write_part(
-    path: Path,
+    path: Place,
     run: RunIdentity,
     t: float,
     profile: Profile,
@@ -106,7 +106,7 @@ class Holding:
     @classmethod
     def of(
         cls,
-        folder: Path,
+        folder: Place,
         averages: Sequence[AverageSource],
         copies: Sequence[CopySource],
         names: Sequence[tuple[str, str]],
@@ -166,7 +166,7 @@ class Division:
 
 
 def write_index(
-    path: Path,
+    path: Place,
     run: RunIdentity,
     t: float,
     profile: Profile,
@@ -196,8 +196,9 @@ def write_index(
         SnapshotWriteError: If a part is not where this process can see it.
         OSError: If the file cannot be written.
     """
+    folder = looked_at(path.parent)
     for part in (w.part for w in written):
-        place = path.parent / FOLDER / part.name
+        place = folder / FOLDER / part.name
         if not place.exists() or place.stat().st_size != part.nbytes:
             raise SnapshotWriteError(
                 f"{place} was written by another process, but cannot be seen by the one that "
@@ -241,7 +242,7 @@ def write_index(
     }
     digests["header"] = header_digest(metadata, entries)
     metadata["digest"] = digests
-    with TensorFileWriter(path, entries, metadata) as writer:
+    with TensorFileWriter(path, entries, metadata, new=True) as writer:
         for entry in entries:
             writer.write(data[entry.name])
         writer.commit(metadata)

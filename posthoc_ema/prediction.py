@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from posthoc_ema.encoding import ENCODINGS, check_encoding
 from posthoc_ema.errors import PosthocEMAError
 from posthoc_ema.movement import Movement
+from posthoc_ema.places import Place
 from posthoc_ema.profiles import Profile
 from posthoc_ema.sinks import MemorySink
 from posthoc_ema.snapshot_file import AverageSource, CopySource, RunIdentity, Snapshot
@@ -132,7 +132,7 @@ class Memory:
 
 
 def write_predicted(
-    path: Path,
+    path: Place,
     run: RunIdentity,
     t: float,
     profile: Profile,
@@ -176,7 +176,7 @@ def write_predicted(
     memory.add(snapshot, decoded)
 
 
-def refinement_path(path: Path) -> Path:
+def refinement_path(path: Place) -> Place:
     """Where the refinement of a snapshot lies."""
     return path.with_name(f"{path.name.removesuffix(SUFFIX)}.fine{SUFFIX}")
 

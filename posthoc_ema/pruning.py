@@ -109,8 +109,8 @@ def prune(
     after, freed = full.using(kept), sum(s.nbytes for s in doomed)
     if delete and doomed:
         freed = store.delete(doomed)
-        places = {s.path for s in kept}
-        kept = [s for s in store.scan()[0] if s.path in places]  # some may have been rewritten
+        names = {(s.t, s.profile) for s in kept}
+        kept = [s for s in store.scan()[0] if (s.t, s.profile) in names]  # some were rewritten
     return Pruning(kept, doomed, full, after, freed, delete)
 
 

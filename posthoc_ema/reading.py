@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
+from posthoc_ema.ahead import ReadAhead, at_once
 from posthoc_ema.encoding import Digest
 from posthoc_ema.errors import CorruptSnapshotError, SnapshotError
+from posthoc_ema.places import Place, RemotePath
 from posthoc_ema.tensorfile import TensorEntry, read_range
 
 if TYPE_CHECKING:
@@ -21,9 +22,20 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], object]
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class Reader(Protocol):
     """Something open to be read."""
+
+    def expect(self, ranges: Iterable[tuple[int, int]], together: int = 1) -> None:
+        """Say what will be read, where that saves time: over a network.
+
+        Args:
+            ranges: (first byte, number), in about the order in which they will be read.
+            together: How many files are read side by side.
+        """
 
     def read(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` with the bytes from ``offset`` on; from any thread."""
@@ -46,8 +58,11 @@ class Check(Protocol):
 class OpenFile:
     """One open file; errors name it."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Place, descriptor: int) -> None:
         self.path, self.descriptor = path, descriptor
+
+    def expect(self, ranges: Iterable[tuple[int, int]], together: int = 1) -> None:
+        """The system reads ahead by itself."""
 
     def read(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out`` with the bytes from ``offset`` on."""
@@ -61,13 +76,55 @@ class OpenFile:
             raise SnapshotError(f"cannot read {self.path}: {error.strerror}") from error
 
 
+class RemoteFile:
+    """One file on another file system; errors name it."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path = path
+        self._ahead = ReadAhead(path.fetch, ())
+
+    def expect(self, ranges: Iterable[tuple[int, int]], together: int = 1) -> None:
+        """Fetch what will be read in large pieces, some ahead of need."""
+        self.close()
+        self._ahead = ReadAhead(self.path.fetch, ranges, together)
+
+    def read(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill ``out`` with the bytes from ``offset`` on."""
+        try:
+            self._ahead.read(offset, out)
+        except EOFError as error:
+            raise CorruptSnapshotError(
+                f"{self.path} was truncated or replaced while it was read ({error}); read it "
+                "again, and if it stays so, restore it from a copy or delete it"
+            ) from error
+        except FileNotFoundError as error:
+            raise SnapshotError(
+                f"{self.path} is gone: it was deleted or set aside while it was read; start again"
+            ) from error
+        except OSError as error:
+            raise SnapshotError(
+                f"cannot read {self.path}: {error.strerror}; start again once it can be reached"
+            ) from error
+
+    def close(self) -> None:
+        """Give up what is on its way."""
+        self._ahead.close()
+
+
 @contextmanager
-def open_file(path: Path) -> Iterator[OpenFile]:
+def open_file(path: Place) -> Iterator[Reader]:
     """Open a file for reading by ranges.
 
     Raises:
         SnapshotError: If it cannot be opened.
     """
+    if isinstance(path, RemotePath):
+        file = RemoteFile(path)
+        try:
+            yield file
+        finally:
+            file.close()
+        return
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -76,6 +133,32 @@ def open_file(path: Path) -> Iterator[OpenFile]:
         yield OpenFile(path, descriptor)
     finally:
         os.close(descriptor)
+
+
+def for_each(task: Callable[[T], R], items: Sequence[T], place: Place) -> Iterator[R]:
+    """Results in order; where each has to wait for an answer from afar, many wait at a time."""
+    return at_once(task, items) if isinstance(place, RemotePath) else map(task, items)
+
+
+def check_unreplaced(paths: Iterable[Place]) -> None:
+    """Make sure that what was read is still what the paths were listed as.
+
+    An open local file stays what it is. Elsewhere each request goes to whatever has the name by
+    then: pieces of two files would make a third one that never was.
+
+    Raises:
+        CorruptSnapshotError: If a file was replaced since.
+    """
+    folders: dict[RemotePath, RemotePath] = {}
+    for path in paths:
+        if isinstance(path, RemotePath):
+            folder = folders.setdefault(path.parent, path.parent.fresh())
+            now = folder / path.name
+            if now.is_file() and now.stat() != path.stat():
+                raise CorruptSnapshotError(
+                    f"{path} was replaced while it was read; start again. If nobody else writes "
+                    "there, two processes seem to write the same run"
+                )
 
 
 class FileCheck:
@@ -89,7 +172,7 @@ class FileCheck:
     """
 
     def __init__(
-        self, path: Path, entries: Sequence[TensorEntry], section: str, expected: str
+        self, path: Place, entries: Sequence[TensorEntry], section: str, expected: str
     ) -> None:
         self._path, self._section, self._expected = path, section, expected
         self._entries = entries
@@ -105,8 +188,13 @@ class FileCheck:
         if missing:
             starts = list(accumulate((entry.nbytes for entry in self._entries), initial=0))[:-1]
             with open_file(self._path) as file:
+                file.expect(r for start, size in missing for r in self._ranges(starts, start, size))
                 for start, size in missing:
-                    self.digest.add(start, self._piece(file, starts, start, size))
+                    piece, filled = np.empty(size, np.uint8), 0
+                    for offset, part in self._ranges(starts, start, size):
+                        file.read(offset, piece[filled : filled + part])
+                        filled += part
+                    self.digest.add(start, piece)
                     progress(size)
         if self.digest.hexdigest() != self._expected:
             raise CorruptSnapshotError(
@@ -115,15 +203,11 @@ class FileCheck:
                 "to reconstruct from the others"
             )
 
-    def _piece(
-        self, file: Reader, starts: Sequence[int], start: int, size: int
-    ) -> NDArray[np.uint8]:
-        """From the tensor in which a piece begins to that in which it ends."""
-        piece = np.empty(size, np.uint8)
-        k, filled = bisect_right(starts, start) - 1, 0
-        while filled < size:
-            skip = start + filled - starts[k]
-            part = min(self._entries[k].nbytes - skip, size - filled)
-            file.read(self._entries[k].offset + skip, piece[filled : filled + part])
-            filled, k = filled + part, k + 1
-        return piece
+    def _ranges(self, starts: Sequence[int], start: int, size: int) -> Iterator[tuple[int, int]]:
+        """Of a piece, from the tensor in which it begins to that in which it ends."""
+        k, stop = bisect_right(starts, start) - 1, start + size
+        while start < stop:
+            skip = start - starts[k]
+            part = min(self._entries[k].nbytes - skip, stop - start)
+            yield self._entries[k].offset + skip, part
+            start, k = start + part, k + 1

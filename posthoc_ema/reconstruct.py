@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.export import ModelFolder, is_torch_file, save_torch
 from posthoc_ema.loading import load_files, loaded, stamps_of
 from posthoc_ema.partition import Partition
+from posthoc_ema.places import Place, as_place
 from posthoc_ema.profiles import Profile, as_profile
 from posthoc_ema.request import (
     EVERYTHING,
@@ -68,7 +70,7 @@ class Reconstruction:
     predicted_error: float
     diagnostics: Mapping[str, Any]
     aliases: Mapping[str, str]
-    files: Sequence[Path]
+    files: Sequence[Place]
     _load: Callable[[], tuple[dict[str, Any], dict[str, Any]]] = field(repr=False)
 
     @property
@@ -90,13 +92,13 @@ class Reconstruction:
 
 
 def reconstruct(
-    snapshots: str | Path | SnapshotStore,
+    snapshots: str | os.PathLike[str] | SnapshotStore,
     sigma_rel: float | Sequence[float] | Mapping[str, float | Profile] | None = None,
     *,
     target: Profile | Sequence[Profile] | None = None,
     t: float | None = None,
     method: str = "kriging",
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | Place | None = None,
     framework: str | None = None,
     names: str | Sequence[str] | None = None,
     progress: bool | None = None,
@@ -111,7 +113,7 @@ def reconstruct(
     less than 256 MB, whatever the number of snapshots and the size of the model.
 
     Args:
-        snapshots: The folder that ``EMA(snapshots=...)`` wrote, or a store.
+        snapshots: The folder that ``EMA(snapshots=...)`` wrote, or its URL, or a store.
         sigma_rel: EMA length as a fraction of training time; several for several results; or a
             mapping from name pattern (``"decoder.*"``) to length, the first match deciding,
             for a different length in different tensors.
@@ -119,10 +121,10 @@ def reconstruct(
         t: Time of the average, up to that of the last snapshot; by default that. Snapshots
             after ``t`` are not used.
         method: ``"kriging"``, ``"paper"`` or ``"plain"``, see :func:`posthoc_ema.solve`.
-        out: Write safetensors instead of holding the result: a file ``name.safetensors`` for
-            one target, else a folder. Above 5 GB a file is sharded with an index, as Hugging
-            Face does. A name that ends in ``.pt`` is a file for ``torch.load``, of one target,
-            which is in memory before.
+        out: Write safetensors instead of holding the result, at a local path or URL: a file
+            ``name.safetensors`` for one target, else a folder. Above 5 GB a file is sharded with
+            an index, as Hugging Face does. A name that ends in ``.pt`` is a file for
+            ``torch.load``, of one target, which is in memory before.
         framework: ``"numpy"``, ``"torch"`` or ``"jax"``; by default whichever wrote the
             snapshots.
         names: Only averaged tensors whose names match one of these patterns, and no buffers.
@@ -157,6 +159,7 @@ def reconstruct(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)} (got {method!r})")
+    out = None if out is None else as_place(out)
     goals, several = parse_goals(sigma_rel, target)
     usable, t = select_snapshots(snapshots, t)
     framework = check_framework(framework or usable[0].run.framework)
@@ -172,8 +175,8 @@ def reconstruct(
         if names is not None:
             raise ValueError("like= needs all tensors of the model; leave names= out")
         model.check({*usable[-1].averages, *usable[-1].copies})
-        out = model.weights(str(out))
-    torch_file = Path(str(out)) if is_torch_file(out) else None
+        out = None if out is None else model.weights(out)
+    torch_file = out if is_torch_file(out) else None
     if torch_file is not None:
         framework = check_framework("torch")
     paths = [] if torch_file else output_paths(out, goals, several, usable[0])
@@ -201,7 +204,7 @@ def reconstruct(
     whole = verify and names is None and part is None
 
     memory = MemorySink(len(goals))
-    files: list[list[Path]] = [[] for _ in goals]
+    files: list[list[Place]] = [[] for _ in goals]
     with _progress_bar(usable, progress) as advance:
         if paths:
             metadata = [
@@ -248,7 +251,7 @@ def reconstruct(
 
 
 def predict_error(
-    snapshots: str | Path | SnapshotStore,
+    snapshots: str | os.PathLike[str] | SnapshotStore,
     sigma_rel: float | Sequence[float],
     t: float | None = None,
     *,
@@ -280,7 +283,7 @@ def predict_error(
 
 
 def select_snapshots(
-    snapshots: str | Path | SnapshotStore, t: float | None
+    snapshots: str | os.PathLike[str] | SnapshotStore, t: float | None
 ) -> tuple[Sequence[Snapshot], float]:
     """Snapshots that an average at ``t`` may use, in order of time, and ``t`` itself.
 
@@ -320,7 +323,7 @@ def _result(
     usable: Sequence[Snapshot],
     t: float,
     evidence: Evidence,
-    files: Sequence[Path],
+    files: Sequence[Place],
     load: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
 ) -> Reconstruction:
     total = sum(share.values()) or 1

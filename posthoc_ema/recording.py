@@ -241,8 +241,8 @@ class Recorder:
         if doomed:
             self.store.delete(doomed)
             # Those stored as differences from deleted ones were written once more.
-            mine = {s.path for s in self._written}
-            self._written = [s for s in self.store.scan()[0] if s.path in mine]
+            mine = {(s.t, s.profile) for s in self._written}
+            self._written = [s for s in self.store.scan()[0] if (s.t, s.profile) in mine]
 
 
 def _by_first(ranks: Ranks | None, work: Callable[[], T]) -> T:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from posthoc_ema.chain import with_inputs
+from posthoc_ema.places import Place
 from posthoc_ema.prediction import Memory, write_predicted
 from posthoc_ema.sinks import MemorySink
 from posthoc_ema.snapshot_file import AverageSource, Snapshot
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def write_again(
     snapshot: Snapshot,
-    path: Path,
+    path: Place,
     encoding: str,
     earlier: Sequence[Snapshot],
     memory: Memory,

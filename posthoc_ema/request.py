@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posthoc_ema.errors import SnapshotError
+from posthoc_ema.places import Place, as_place
 from posthoc_ema.profiles import Custom, PowerFunction, Profile, as_profile
 from posthoc_ema.snapshot_file import Snapshot
 
@@ -68,12 +68,12 @@ def assign(goals: Sequence[Goal], names: Sequence[str]) -> dict[tuple[str, ...],
 
 
 def output_paths(
-    out: str | Path | None, goals: Sequence[Goal], several: bool, snapshot: Snapshot
-) -> list[Path]:
+    out: str | Place | None, goals: Sequence[Goal], several: bool, snapshot: Snapshot
+) -> list[Place]:
     """The file of each result; none if they stay in memory."""
     if out is None:
         return []
-    out = Path(out)
+    out = as_place(out)
     is_file = out.name.endswith(".safetensors")
     folder = out.parent if is_file else out
     if folder.resolve() == snapshot.path.parent.resolve():

@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.draft import write_text_atomically
 from posthoc_ema.encoding import ITEM_SIZE
+from posthoc_ema.places import Place
 from posthoc_ema.snapshot_file import CopySource
-from posthoc_ema.tensorfile import TensorEntry, TensorFileWriter, write_text_atomically
+from posthoc_ema.tensorfile import TensorEntry, TensorFileWriter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class FileSink:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Place],
         copies: Sequence[CopySource],
         metadata: Sequence[Mapping[str, Any]],
         max_shard_bytes: float,
@@ -134,32 +135,32 @@ class FileSink:
             else:
                 index_path(path).unlink(missing_ok=True)
 
-    def files(self, target: int) -> list[Path]:
+    def files(self, target: int) -> list[Place]:
         """The files of one target, without the index."""
         return self._names(self._paths[target])
 
-    def _names(self, path: Path) -> list[Path]:
+    def _names(self, path: Place) -> list[Place]:
         number = len(self._shards)
         if number == 1:
             return [path]
         return [shard_path(path, k, number) for k in range(1, number + 1)]
 
-    def _index(self, path: Path) -> str:
+    def _index(self, path: Place) -> str:
         return index_text(dict(zip(self._names(path), self._shards, strict=True)))
 
 
-def index_path(path: Path) -> Path:
+def index_path(path: Place) -> Place:
     """The index of a sharded file, as Hugging Face names it."""
     return path.with_name(path.name + ".index.json")
 
 
-def shard_path(path: Path, number: int, of: int) -> Path:
+def shard_path(path: Place, number: int, of: int) -> Place:
     """One of several files, as Hugging Face names it."""
     stem = path.name.removesuffix(".safetensors")
     return path.with_name(f"{stem}-{number:05d}-of-{of:05d}.safetensors")
 
 
-def index_text(shards: Mapping[Path, Sequence[TensorEntry]]) -> str:
+def index_text(shards: Mapping[Place, Sequence[TensorEntry]]) -> str:
     """What the index of a sharded file says."""
     total = sum(entry.nbytes for shard in shards.values() for entry in shard)
     weight_map = {entry.name: path.name for path, shard in shards.items() for entry in shard}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +22,9 @@ from posthoc_ema.errors import (
     SnapshotVersionError,
 )
 from posthoc_ema.parts import Part, Parts, joined_entries
+from posthoc_ema.places import Place, RemotePath, as_place
 from posthoc_ema.profiles import Profile, profile_from_dict
-from posthoc_ema.reading import Check, FileCheck, Reader, open_file
+from posthoc_ema.reading import Check, FileCheck, Reader, check_unreplaced, open_file
 from posthoc_ema.tensorfile import TensorEntry, header_digest, read_header
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Snapshot:
         parts: The files that hold its tensors, if several processes wrote it.
     """
 
-    path: Path
+    path: Place
     t: float
     profile: Profile
     run: RunIdentity
@@ -160,14 +160,14 @@ class Snapshot:
         return self.inputs[0][1] if self.refines and self.inputs else None
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[Place, ...]:
         """All that hold it, but for what it was predicted from."""
         if self.base is not None:
             return (*self.base.files, self.path)
         return (self.path, *(self.parts.paths if self.parts else ()))
 
     @classmethod
-    def open(cls, path: str | Path) -> Snapshot:
+    def open(cls, path: str | Place) -> Snapshot:
         """Read and check everything but the weights.
 
         Raises:
@@ -175,7 +175,9 @@ class Snapshot:
             SnapshotVersionError: If a newer version of this library wrote it.
             ForeignSnapshotError: If it is a safetensors file, but no snapshot.
         """
-        path = Path(path)
+        path = as_place(path)
+        if isinstance(path, RemotePath):
+            path = path.listed()
         try:
             header = read_header(path)
         except FileNotFoundError:
@@ -272,10 +274,20 @@ class Snapshot:
         return known[key]
 
     def _raw(self, entry: TensorEntry) -> NDArray[np.uint8]:
-        raw = np.empty(entry.nbytes, np.uint8)
-        with self.opened() as file:
-            file.read(entry.offset, raw)
+        (raw,) = self._read_all([entry])
         return raw
+
+    def _read_all(self, entries: Sequence[TensorEntry]) -> list[NDArray[np.uint8]]:
+        """The bytes of several tensors."""
+        if not entries:
+            return []
+        found = [np.empty(entry.nbytes, np.uint8) for entry in entries]
+        with self.opened() as file:
+            file.expect((entry.offset, entry.nbytes) for entry in entries)
+            for entry, raw in zip(entries, found, strict=True):
+                file.read(entry.offset, raw)
+        check_unreplaced(self.files)
+        return found
 
     def copy_sources(self) -> list[CopySource]:
         """Buffers and integer tensors, checked against their digest.
@@ -283,13 +295,14 @@ class Snapshot:
         Raises:
             CorruptSnapshotError: If a byte changed or is missing.
         """
-        copies, check = [], self.check("copies")
-        offsets = self.section_offsets("copies")
-        for name in self.copies:
-            entry = self.entries[name]
-            raw = self._raw(entry)
-            check.add(offsets[name], raw)
-            copies.append(CopySource(name, entry.shape, entry.dtype, raw))
+        check, offsets = self.check("copies"), self.section_offsets("copies")
+        entries = [self.entries[name] for name in self.copies]
+        copies = [
+            CopySource(entry.name, entry.shape, entry.dtype, raw)
+            for entry, raw in zip(entries, self._read_all(entries), strict=True)
+        ]
+        for copy in copies:
+            check.add(offsets[copy.name], copy.data)
         check.finish()
         return copies
 
@@ -325,7 +338,11 @@ class Snapshot:
     def opened(self) -> Iterator[Reader]:
         """Its bytes, by the offsets of its entries."""
         if self.parts is not None:
-            yield self.parts.open()
+            joined = self.parts.open()
+            try:
+                yield joined
+            finally:
+                joined.close()
             return
         with open_file(self.path) as file:
             yield file

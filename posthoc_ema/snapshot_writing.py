@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from posthoc_ema.encoding import (
     summed,
 )
 from posthoc_ema.errors import NonFiniteError
+from posthoc_ema.places import Place
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import (
     FORMAT_VERSION,
@@ -71,7 +71,7 @@ class Prediction:
 
 
 def write_snapshot(
-    path: Path,
+    path: Place,
     run: RunIdentity,
     t: float,
     profile: Profile,
@@ -157,7 +157,10 @@ def write_snapshot(
     with (
         Workers() as pool,
         TensorFileWriter(
-            path, entries, {**identity, "statistics": longest, "digest": empty}
+            path,
+            entries,
+            {**identity, "statistics": longest, "digest": empty},
+            new=not boxes,  # a part may be left from an attempt that failed elsewhere
         ) as writer,
     ):
         for entry in entries:
@@ -205,7 +208,7 @@ class Magnitude:
         return (self.square / max(self.count, 1)) ** 0.5
 
 
-def magnitudes(path: Path, averages: Sequence[AverageSource]) -> dict[str, Magnitude]:
+def magnitudes(path: Place, averages: Sequence[AverageSource]) -> dict[str, Magnitude]:
     """First pass over the values: are they finite, and how large.
 
     Raises:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import contextmanager
+from typing import Any
 
-from posthoc_ema.chain import connected
+from posthoc_ema.chain import with_inputs
 from posthoc_ema.consistency import check_one_run
+from posthoc_ema.draft import sync_directory
 from posthoc_ema.errors import ForeignSnapshotError, SnapshotError
-from posthoc_ema.journal import JOURNAL, REWRITTEN, exchange
+from posthoc_ema.folder import Folder, foreign, seen, taken
+from posthoc_ema.journal import REWRITTEN, exchange
 from posthoc_ema.locking import translated, writing
 from posthoc_ema.parts import FOLDER as PARTS
 from posthoc_ema.parts_writing import WrittenPart, part_name, write_index, write_part
+from posthoc_ema.places import Place, RemotePath, as_place, looked_at
 from posthoc_ema.prediction import Memory, refinement_path, write_predicted
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.reencode import dependants, write_again
+from posthoc_ema.removal import current, removal_order, set_aside
 from posthoc_ema.snapshot_file import (
     AverageSource,
     CopySource,
@@ -23,7 +28,7 @@ from posthoc_ema.snapshot_file import (
     Snapshot,
 )
 from posthoc_ema.snapshot_writing import Magnitude
-from posthoc_ema.tensorfile import SUFFIX, sync_directory
+from posthoc_ema.tensorfile import SUFFIX
 
 ABANDONED = "abandoned"
 
@@ -34,7 +39,13 @@ class SnapshotStore:
     """A folder of snapshots of one run.
 
     Args:
-        path: The folder; made by the first write.
+        path: The folder; made by the first write. A local path, the URL of a folder on any file
+            system that fsspec knows, or a path of universal_pathlib.
+        storage_options: Credentials, endpoint and whatever else the file system of a URL takes.
+            Functions that take a folder or URL take a store too.
+
+    Raises:
+        ModuleNotFoundError: If a package that the URL needs is not installed.
 
     Example:
         >>> store = SnapshotStore("run/ema")  # doctest: +SKIP
@@ -42,9 +53,13 @@ class SnapshotStore:
         [(1000, 0.05), (1000, 0.1)]
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._headers: dict[Path, tuple[tuple[int, int], Snapshot]] = {}
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Place,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = as_place(path, storage_options)
+        self._folder = Folder(self.path)
         self._memory = Memory()
 
     def __repr__(self) -> str:
@@ -72,27 +87,20 @@ class SnapshotStore:
         """All readable snapshots in order, and an error for each file that is not one.
 
         Where there are a snapshot and its refinement, the refinement stands for both.
-        """
-        snapshots, problems = self._everything()
-        refined = {s.base.path for s in snapshots if s.base is not None}
-        return [s for s in snapshots if s.path not in refined], problems
 
-    def _everything(self) -> tuple[Snapshots, Sequence[SnapshotError]]:
-        """All files."""
-        if (self.path / JOURNAL).exists():  # a deletion was killed half-way
-            with writing(self.path):
-                pass
-        snapshots, problems = [], []
-        for path in self._files():
-            try:
-                snapshots.append(self._open(path))
-            except FileNotFoundError:
-                continue  # pruned, or set aside, since the folder was listed
-            except SnapshotError as error:
-                problems.append(error)
-        found, broken = connected(snapshots)
-        found.sort(key=lambda s: (s.t, -getattr(s.profile, "gamma", 0.0), s.path.name))
-        return found, [*problems, *broken]
+        Raises:
+            SnapshotError: If a folder elsewhere cannot be listed.
+        """
+        try:
+            found, problems = self._folder.everything()
+        except OSError as error:
+            if not isinstance(self.path, RemotePath):
+                raise
+            raise SnapshotError(
+                f"cannot list {self.path}: {error.strerror}; is the URL right, do the credentials "
+                "allow it, and can it be reached?"
+            ) from error
+        return seen(found), problems
 
     def verify(self, progress: Callable[[int], object] = lambda nbytes: None) -> Snapshots:
         """Read every byte of every snapshot; return them if all are intact.
@@ -116,7 +124,7 @@ class SnapshotStore:
             SnapshotWriteError: If it cannot be written to.
         """
         with writing(self.path):
-            own = self._own(run)
+            own = self._folder.own(run)
             parts = {path for s in own for path in s.files}
             for leftover in (
                 *self.path.glob(f".*{SUFFIX}.*.tmp"),
@@ -125,18 +133,31 @@ class SnapshotStore:
             ):
                 leftover.unlink(missing_ok=True)
             future = [s for s in own if s.t > t]
-            if not future:
-                return
-            attic = self.path / ABANDONED
-            attic.mkdir(exist_ok=True)
-            taken = [int(p.name[:3]) for p in attic.iterdir() if p.name[:3].isdigit()]
-            target = attic / f"{max(taken, default=0) + 1:03d}-after-t={t}"
-            target.mkdir()
-            if any(s.parts for s in future):
-                (target / PARTS).mkdir()
-            files = dict.fromkeys(str(p.relative_to(self.path)) for s in future for p in s.files)
-            moved = target.relative_to(self.path)
-            exchange(self.path, [], [], {name: str(moved / name) for name in files})
+            if future:
+                self._set_aside(future, t)
+            if isinstance(self.path, RemotePath):
+                self._delete_superseded([s for s in own if s.t <= t])
+
+    def _set_aside(self, future: Snapshots, t: float) -> None:
+        attic = self.path / ABANDONED
+        attic.mkdir(exist_ok=True)
+        taken = [int(p.name[:3]) for p in attic.iterdir() if p.name[:3].isdigit()]
+        moved = f"{ABANDONED}/{max(taken, default=0) + 1:03d}-after-t={t}"
+        if isinstance(self.path, RemotePath):
+            set_aside(future, self.path, self.path / moved)
+            return
+        target = self.path / moved
+        target.mkdir()
+        if any(s.parts for s in future):
+            (target / PARTS).mkdir()
+        files = dict.fromkeys(str(p.relative_to(self.path)) for s in future for p in s.files)
+        exchange(self.path, [], [], {name: f"{moved}/{name}" for name in files})
+
+    def _delete_superseded(self, snapshots: Snapshots) -> None:
+        """Finish deletions that were killed half-way where files cannot be exchanged at once."""
+        needed = {s.path for s in with_inputs(current(snapshots))}
+        for path in removal_order([s for s in snapshots if s.path not in needed]):
+            path.unlink(missing_ok=True)
 
     def write(
         self,
@@ -159,21 +180,22 @@ class SnapshotStore:
         """
         with writing(self.path):
             path, earlier = self._new_place(run, t, profile)
-            write_predicted(
-                path,
-                run,
-                t,
-                profile,
-                averages,
-                copies,
-                aliases,
-                encoding,
-                earlier,
-                self._memory,
-                rounded_before=rounded_before,
-            )
+            with _alone(path):
+                write_predicted(
+                    path,
+                    run,
+                    t,
+                    profile,
+                    averages,
+                    copies,
+                    aliases,
+                    encoding,
+                    earlier,
+                    self._memory,
+                    rounded_before=rounded_before,
+                )
             self._drop_refinements(s for s in earlier if s.profile == profile)
-            return self._connected_at(path)
+            return self._written(path, run)
 
     def check_new(self, run: RunIdentity, t: float, profile: Profile) -> None:
         """Make sure that a snapshot can be written.
@@ -223,21 +245,20 @@ class SnapshotStore:
         """
         with writing(self.path):
             path, earlier = self._new_place(run, t, profile)
-            write_index(path, run, t, profile, averages, copies, aliases, encoding, written, sizes)
+            with _alone(path):
+                write_index(
+                    path, run, t, profile, averages, copies, aliases, encoding, written, sizes
+                )
             self._drop_refinements(s for s in earlier if s.profile == profile)
-            return self._connected_at(path)
+            return self._written(path, run)
 
-    def _new_place(
-        self, run: RunIdentity, t: float, profile: Profile
-    ) -> tuple[Path, Sequence[Snapshot]]:
+    def _new_place(self, run: RunIdentity, t: float, profile: Profile) -> tuple[Place, Snapshots]:
         """Where a snapshot goes, and those that are there."""
         path = self.path / f"{_stem(t, profile)}{SUFFIX}"
-        earlier = self._own(run)
-        if path in [s.path for s in earlier]:
-            raise ForeignSnapshotError(
-                f"{path} already exists, from the same run and time; two processes seem to "
-                "write the same run. Give snapshots= to one of them only"
-            )
+        earlier = current(self._folder.own(run))
+        for s in earlier:
+            if s.path == path or (s.t, s.profile) == (t, profile):
+                raise taken(s.path)
         return path, earlier
 
     def take(self, snapshot: Snapshot, encoding: str, newest: bool) -> Snapshot:
@@ -255,11 +276,12 @@ class SnapshotStore:
         """
         path = self.path / (snapshot.base or snapshot).path.name
         with writing(self.path):
-            earlier = [s for s in self._own(snapshot.run) if s.t <= snapshot.t]
+            earlier = [s for s in current(self._folder.own(snapshot.run)) if s.t <= snapshot.t]
             if path in [s.path for s in earlier]:
                 raise ForeignSnapshotError(f"{path} already exists")
-            write_again(snapshot, path, encoding, earlier, self._memory, newest)
-            return self._connected_at(path)
+            with _alone(path):
+                write_again(snapshot, path, encoding, earlier, self._memory, newest)
+            return self._written(path, snapshot.run)
 
     def check_unchanged(self, written: Iterable[Snapshot]) -> None:
         """Make sure that nobody replaced these snapshots; that they were pruned is fine.
@@ -268,9 +290,10 @@ class SnapshotStore:
             ForeignSnapshotError: If a file of that name now holds something else: two processes
                 continue one run, say one that was taken for dead.
         """
+        folder = looked_at(self.path)
         for snapshot in (s.base or s for s in written):
             try:
-                found = self._open(snapshot.path)
+                found = self._folder.open(folder / snapshot.path.name)
             except FileNotFoundError:
                 continue
             # Pruning by another process may write a snapshot of a delta encoding once more.
@@ -302,49 +325,71 @@ class SnapshotStore:
         for path in going:
             if path.parent != self.path:
                 raise SnapshotError(f"{path} is not in {self.path}")
-        before = self._bytes()
+        before = self._folder.nbytes()
         with writing(self.path):
-            present = self._everything()[0]
-            parts = [path for s in present if s.path in going and s.parts for path in s.parts.paths]
+            present = self._folder.everything()[0]
             for snapshot in present:
                 pair = {snapshot.path, (snapshot.base or snapshot).path}
                 going |= pair if pair & going else set()
-            kept = [s for s in present if s.path not in going]
+            # Else one that was written once more would come back as it was before.
+            names = {(s.run.run_id, s.t, s.profile): s.rewrites for s in present if s.path in going}
+            going |= {
+                s.path
+                for s in present
+                if names.get((s.run.run_id, s.t, s.profile), s.rewrites) != s.rewrites
+            }
+            kept = current([s for s in present if s.path not in going])
             again = dependants(kept, [s for s in present if s.path in going])
-            new: set[str] = set()
-            if again:
-                rewritten = {s.path for s in again}
-                others = [s for s in kept if s.path not in rewritten]
-                new = self._write_again(again, others, progress)
-            old = {s.path.name for s in again} - new
+            rewritten = {s.path for s in again}
+            others = [s for s in kept if s.path not in rewritten]
+            new = self._write_again(again, others, present, progress) if again else set()
+            stay = {s.path for s in with_inputs(others)}
+            gone = [
+                path
+                for path in removal_order([s for s in present if s.path not in stay])
+                if path.name not in new
+            ]
             self._memory.clear()
-            # Parts last: without its index none is seen.
-            gone = [*(path.name for path in going), *old, *(f"{PARTS}/{p.name}" for p in parts)]
-            exchange(self.path, gone, sorted(new))
-        return before - self._bytes()
+            if isinstance(self.path, RemotePath):
+                for path in gone:
+                    path.unlink(missing_ok=True)
+            else:
+                exchange(self.path, [str(p.relative_to(self.path)) for p in gone], sorted(new))
+        return before - self._folder.nbytes()
 
     def _write_again(
-        self, again: Snapshots, others: Snapshots, progress: Callable[[int], object]
+        self,
+        again: Snapshots,
+        others: Snapshots,
+        present: Snapshots,
+        progress: Callable[[int], object],
     ) -> set[str]:
-        """New files beside the old ones, in a hidden folder; their names."""
-        folder = self.path / REWRITTEN
+        """New files, in a hidden folder or under names of their own; these names."""
+        remote = isinstance(self.path, RemotePath)
+        folder = self.path if remote else self.path / REWRITTEN
         folder.mkdir(exist_ok=True)
-        new, memory = SnapshotStore(folder), Memory()
+        memory, written = Memory(), set[str]()
         refined = {s.base.path for s in again if s.base is not None}  # their averages are coarser
         for snapshot in (s for s in again if s.path not in refined):
-            earlier = sorted([*others, *new._connected(others)], key=lambda s: s.t)
-            earlier = [s for s in earlier if s.t <= snapshot.t]
+            new = self._folder.named(looked_at(folder), written, others)
+            earlier = sorted([*others, *new], key=lambda s: s.t)
+            t, profile = snapshot.t, snapshot.profile
+            number = 1 + max(s.rewrites for s in present if (s.t, s.profile) == (t, profile))
+            path = folder / (snapshot.base or snapshot).path.name
+            if remote:
+                path = folder / f"{_stem(t, profile)}.rewritten-{number}{SUFFIX}"
             write_again(
                 snapshot,
-                folder / (snapshot.base or snapshot).path.name,
+                path,
                 snapshot.encoding,
-                earlier,
+                [s for s in earlier if s.t <= snapshot.t],
                 memory,
                 snapshot.refines,
-                snapshot.rewrites + 1,
+                number,
                 progress,
             )
-        return {path.name for path in new._files()}
+            written |= {p.name for p in (path, refinement_path(path)) if p.exists()}
+        return written
 
     def _drop_refinements(self, snapshots: Iterable[Snapshot]) -> None:
         """Newer snapshots are on disk: of these the coarser files will do."""
@@ -354,50 +399,34 @@ class SnapshotStore:
         if dropped:
             sync_directory(self.path)
 
-    def _connected_at(self, path: Path) -> Snapshot:
+    def _written(self, path: Place, run: RunIdentity) -> Snapshot:
+        """What was just written; taken back if somebody else wrote at the same time.
+
+        Where nothing can be locked, that shows only now.
+        """
+        found, problems = self._folder.everything()
         either = (path, refinement_path(path))
-        return next(s for s in self.scan()[0] if s.path in either)
-
-    def _bytes(self) -> int:
-        parts = (self.path / PARTS).glob(f"*{SUFFIX}")
-        return sum(path.stat().st_size for path in (*self._files(), *parts))
-
-    def _connected(self, others: Sequence[Snapshot]) -> Snapshots:
-        """Snapshots of this folder, predicted from each other and from others."""
-        own = [self._open(path) for path in self._files()]
-        return [s for s in connected([*others, *own])[0] if s.path.parent == self.path]
-
-    def _files(self) -> Iterator[Path]:
-        if self.path.is_dir():
-            for path in sorted(self.path.glob(f"*{SUFFIX}")):
-                if not path.name.startswith(".") and path.is_file():
-                    yield path
-
-    def _open(self, path: Path) -> Snapshot:
-        status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size)
-        known = self._headers.get(path)
-        if known is None or known[0] != stamp:
-            known = self._headers[path] = (stamp, Snapshot.open(path))
-        return known[1]
-
-    def _own(self, run: RunIdentity) -> Sequence[Snapshot]:
-        """All snapshots, provided that they belong to this run."""
-        snapshots, problems = self._everything()
-        if problems:
-            raise problems[0]
-        for snapshot in snapshots:
-            if snapshot.run.run_id != run.run_id:
-                raise ForeignSnapshotError(
-                    f"{snapshot.path} belongs to another run ({snapshot.run.run_id}, this one is "
-                    f"{run.run_id}). To continue that run, give its tracker state to "
-                    "EMA.load_state_dict before the first update; for a new run, give another "
-                    "folder; if several processes train one model, give snapshots= to one of them"
-                )
-        return snapshots
+        problem = next(
+            (foreign(s, run) for s in found if s.run.run_id != run.run_id),
+            None if any(s.path == path for s in found) else next(iter(problems), None),
+        )
+        if problem is not None:
+            for place in reversed(either):
+                place.unlink(missing_ok=True)
+            raise problem
+        return next(s for s in seen(found) if s.path in either)
 
 
-def as_store(snapshots: str | os.PathLike[str] | SnapshotStore) -> SnapshotStore:
+@contextmanager
+def _alone(path: Place) -> Iterator[None]:
+    """What another process wrote to the same place at the same time is no trouble of the disk."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise taken(path) from error
+
+
+def as_store(snapshots: str | os.PathLike[str] | Place | SnapshotStore) -> SnapshotStore:
     """A store as it is, or that of a folder."""
     return snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
 

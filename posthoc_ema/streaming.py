@@ -22,7 +22,8 @@ from posthoc_ema.chain import is_residual, stored_coefficients, with_inputs
 from posthoc_ema.encoding import Digest, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError, SnapshotError
 from posthoc_ema.kernels import combine, combine_files, finish
-from posthoc_ema.reading import Check, FileCheck, OpenFile, Reader
+from posthoc_ema.places import RemotePath
+from posthoc_ema.reading import Check, FileCheck, OpenFile, Reader, check_unreplaced
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.tensorfile import TensorEntry
 from posthoc_ema.workers import Workers
@@ -118,6 +119,7 @@ def stream(
 
     checks = [snapshot.check("averages") for snapshot in used] if check else []
     with _Reader(used, checks) as reader:
+        reader.expect(runs)
         for run in runs:
             sink.start(run.outputs)
             for count in reader.combine(run, sink.write):
@@ -125,6 +127,8 @@ def stream(
     for finished in checks:
         # What counts for no target was not read: files that only tell how others were predicted.
         finished.finish()
+    if not checks:  # digests would have told more
+        check_unreplaced(path for snapshot in used for path in snapshot.files)
 
 
 class _Reader:
@@ -143,16 +147,30 @@ class _Reader:
         self._files: list[Reader] = []
 
     def __enter__(self) -> _Reader:
+        remote = isinstance(self._snapshots[0].path, RemotePath)
+        kept = self._snapshots if remote else self._snapshots[:_KEPT_OPEN]
         with ExitStack() as stack:
-            self._files = [
-                stack.enter_context(snapshot.opened()) for snapshot in self._snapshots[:_KEPT_OPEN]
-            ]
+            self._files = [stack.enter_context(snapshot.opened()) for snapshot in kept]
             self._workers = stack.enter_context(Workers())
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
+
+    def expect(self, runs: Sequence[_Run]) -> None:
+        """Say what will be read, for files that fetch it ahead."""
+        wanted = [
+            [
+                (run.offsets[i], stored_size(run.dtypes[i], run.count))
+                for run in runs
+                if run.reference == i or any(i in files for files in run.together)
+            ]
+            for i in range(len(self._files))
+        ]
+        together = sum(map(bool, wanted))
+        for file, ranges in zip(self._files, wanted, strict=True):
+            file.expect(ranges, together)
 
     def combine(self, run: _Run, write: Callable[[int, NDArray[Any]], None]) -> Iterator[int]:
         """Write all blocks of the results; yield the number of elements of each that is done."""

@@ -7,23 +7,24 @@ tensors never are in memory together, durably.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
+from operator import index
 from threading import Lock
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from posthoc_ema.blocks import BLOCK, block_bytes
-from posthoc_ema.encoding import block_bits, bytes_digest, stored_size
+from posthoc_ema.draft import Draft
+from posthoc_ema.encoding import ITEM_SIZE, block_bits, bytes_digest, stored_size
 from posthoc_ema.errors import CorruptSnapshotError
+from posthoc_ema.places import Place, RemotePath
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +34,8 @@ METADATA_KEY = "posthoc_ema"
 
 SUFFIX = ".safetensors"
 _HEADER_ALIGNMENT = 8
+_FIRST_FETCH = 128 << 10  # holds the header of most files
+_LONGEST_HEADER = 100_000_000  # as of the reference parser
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Header:
     entries: dict[str, TensorEntry]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Place) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
@@ -88,18 +91,21 @@ def read_header(path: Path) -> Header:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # The reference parser first: it bounds the length and checks every offset.
-            with safe_open(str(path), framework="numpy"):
-                pass
-            header = json.loads(file.read(length))
+        if isinstance(path, RemotePath):
+            length, header = _fetched_header(path)
+        else:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                # The reference parser first: it bounds the length and checks every offset.
+                with safe_open(str(path), framework="numpy"):
+                    pass
+                header = json.loads(file.read(length))
     except (SafetensorError, ValueError, OverflowError) as error:
         raise CorruptSnapshotError(
             f"{path} is not a complete safetensors file ({error}); it was truncated or damaged. "
             "Restore it from a copy, or delete it to go on without it"
         ) from error
-    metadata = header.pop("__metadata__", {}).get(METADATA_KEY)
+    metadata = (header.pop("__metadata__", None) or {}).get(METADATA_KEY)
     start = 8 + length
     entries = [
         TensorEntry(name, e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0])
@@ -113,6 +119,38 @@ def read_header(path: Path) -> Header:
             f"{path} has damaged metadata ({error}); restore or delete it"
         ) from error
     return Header(parsed, {entry.name: entry for entry in entries})
+
+
+def _fetched_header(path: RemotePath) -> tuple[int, Any]:
+    """Length and content of a header, checked as the reference parser does with local files.
+
+    Raises:
+        ValueError: If it does not describe every byte of the file, or is none.
+    """
+    size = path.stat().st_size
+    data = path.fetch(0, min(size, _FIRST_FETCH)) if size else b""
+    length = int.from_bytes(data[:8], "little")
+    start = 8 + length
+    if not 8 < start <= min(size, _LONGEST_HEADER):
+        raise ValueError(f"it has {size} bytes, its header would have {length}")
+    if start > len(data):
+        data += path.fetch(len(data), start)
+    header = json.loads(data[8:start])
+    try:
+        place = 0
+        tensors = [(n, e) for n, e in header.items() if n != "__metadata__"]
+        for name, entry in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            nbytes = prod(map(index, shape)) * ITEM_SIZE[entry["dtype"]]
+            if begin != place or end - begin != nbytes or any(n < 0 for n in shape):
+                raise ValueError(f"the table of tensors is wrong about {name}")
+            place = end
+        (header.get("__metadata__") or {}).get("format")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"its header does not describe tensors: {error!r}") from error
+    if start + place != size:
+        raise ValueError(f"it has {size} bytes, expected {start + place}")
+    return length, header
 
 
 def read_range(file: int, offset: int, out: NDArray[np.uint8]) -> None:
@@ -143,11 +181,17 @@ class TensorFileWriter:
         entries: Name, type and shape of each tensor; types of larger elements first, so that
             all are aligned.
         metadata: Stand-in for the metadata given to ``commit``, at least as long.
+        new: Refuse to replace another file, where the file system can tell.
     """
 
-    def __init__(self, path: Path, entries: Sequence[TensorEntry], metadata: dict[str, Any]):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    def __init__(
+        self,
+        path: Place,
+        entries: Sequence[TensorEntry],
+        metadata: dict[str, Any],
+        new: bool = False,
+    ):
+        self.path, self._new = path, new
         offset = 0
         self._table: dict[str, dict[str, Any]] = {}
         for entry in entries:
@@ -162,7 +206,7 @@ class TensorFileWriter:
         self._length += -(8 + self._length) % _HEADER_ALIGNMENT
         self._expected = 8 + self._length + offset
         self._written, self._lock = 8 + self._length, Lock()
-        self._file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
+        self._draft = Draft(path)
 
     def write(self, data: NDArray[Any]) -> None:
         """Append the bytes of a contiguous array."""
@@ -185,13 +229,11 @@ class TensorFileWriter:
             raise RuntimeError(f"metadata grew from {self._length} to {len(header)} bytes")
         beginning = self._length.to_bytes(8, "little") + header.ljust(self._length)
         self._write_at(0, np.frombuffer(beginning, np.uint8))
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self.temporary, self.path)
         try:
-            sync_directory(self.path.parent)
+            self._draft.publish(self._new)
         except OSError:
-            self.path.unlink(missing_ok=True)  # what may vanish later shall not be seen now
+            if self._draft.shown:  # what may vanish later shall not be seen now
+                self.path.unlink(missing_ok=True)
             raise
 
     def __enter__(self) -> TensorFileWriter:
@@ -203,18 +245,12 @@ class TensorFileWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            self._file.close()
-        except OSError:
-            if kind is None:
-                raise
-        finally:
-            self.temporary.unlink(missing_ok=True)
+        self._draft.discard(kind is None)
 
     def _write_at(self, position: int, data: NDArray[Any]) -> None:
         view, done = memoryview(data.reshape(-1).view(np.uint8).data), 0
         while done < len(view):
-            done += os.pwrite(self._file.fileno(), view[done:], position + done)
+            done += os.pwrite(self._draft.file.fileno(), view[done:], position + done)
         with self._lock:
             self._written += done
 
@@ -235,37 +271,3 @@ def header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -
 def canonical_json(data: Any) -> str:
     """JSON with sorted keys and no white space: equal data, equal text."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a folder durable (where the system can)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot sync a folder; their renames are as durable as they get.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a small text file as a whole, durably."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace a file by what ``write`` puts into an open one, as a whole, durably."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)

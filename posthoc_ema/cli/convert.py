@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from posthoc_ema.cli.options import folder_argument, json_option
+from posthoc_ema.cli.options import folder_argument, json_option, out_folder_type
 from posthoc_ema.cli.output import command, echo_json, format_bytes
 from posthoc_ema.convert import convert as convert_snapshots
 from posthoc_ema.encoding import ENCODINGS
+from posthoc_ema.places import Place
 from posthoc_ema.snapshots import SnapshotStore
 
 
 @command("convert")
 @folder_argument
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=out_folder_type)
 @click.option(
     "--encoding",
     required=True,
@@ -25,7 +24,7 @@ from posthoc_ema.snapshots import SnapshotStore
     "quarter, a sixth and a seventh.",
 )
 @json_option
-def convert(store: SnapshotStore, out: Path, encoding: str, as_json: bool) -> None:
+def convert(store: SnapshotStore, out: Place, encoding: str, as_json: bool) -> None:
     """Write the snapshots in FOLDER to OUT in another encoding.
 
     FOLDER is left as it is. After an interruption the same command goes on where it stopped.

@@ -11,6 +11,7 @@ from posthoc_ema.cli.options import (
     folder_argument,
     json_option,
     method_option,
+    picture_type,
     sigma_rel_option,
     time_option,
 )
@@ -40,7 +41,7 @@ from posthoc_ema.snapshots import SnapshotStore
 @click.option(
     "--plot",
     "picture",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=picture_type,
     help='Draw the curve to this file (png, svg, pdf). Needs "posthoc-ema[plots]".',
 )
 @json_option

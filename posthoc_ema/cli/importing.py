@@ -11,6 +11,7 @@ from posthoc_ema.cli.options import (
     Numbers,
     json_option,
     numbers_type,
+    out_folder_type,
     parsed_profile,
     sigma_rel_option,
 )
@@ -26,15 +27,17 @@ from posthoc_ema.cli.output import (
 from posthoc_ema.encoding import ENCODINGS
 from posthoc_ema.importing.recognise import KINDS
 from posthoc_ema.importing.write import Import, import_snapshots
+from posthoc_ema.places import Place
 from posthoc_ema.profiles import Profile
 from posthoc_ema.reconstruct import reconstruct
+from posthoc_ema.snapshots import SnapshotStore
 
 _SHOWN = 6
 
 
 @command("import")
 @click.argument("source", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=out_folder_type)
 @click.option("--kind", type=click.Choice(KINDS), help="What SOURCE is, if it is not recognised.")
 @sigma_rel_option(
     help="EMA lengths of the tracks in SOURCE, where files do not say them, in the order of the "
@@ -87,15 +90,15 @@ _SHOWN = 6
 )
 @click.option(
     "--averages",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=out_folder_type,
     help="Folder for them, where files of the same names are replaced; default: OUT-averages.",
 )
 @json_option
 def import_(
     source: tuple[Path, ...],
-    out: Path,
+    out: Place,
     wanted: Numbers | None,
-    averages: Path | None,
+    averages: Place | None,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -127,7 +130,7 @@ def import_(
     results = []
     if wanted and not dry_run:
         folder = averages or out.with_name(f"{out.name}-averages")
-        results = reconstruct(out, wanted, out=folder, framework="numpy")
+        results = reconstruct(SnapshotStore(out), wanted, out=folder, framework="numpy")
     if as_json:
         echo_json(_describe(done, out, dry_run, results))
         return
@@ -154,7 +157,7 @@ def _summary(done: Import) -> str:
     return f"{files}\n\n{table(('t', 'average', 'file'), rows)}\n"
 
 
-def _describe(done: Import, out: Path, dry_run: bool, results: list[Any]) -> dict[str, Any]:
+def _describe(done: Import, out: Place, dry_run: bool, results: list[Any]) -> dict[str, Any]:
     described: list[tuple[Path, float, Profile]] = list(done.files)
     return {
         "folder": out,

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from posthoc_ema.conversion import sigma_rel_to_gamma
+from posthoc_ema.places import as_place
 from posthoc_ema.profile_text import parse_profile
 from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.snapshots import SnapshotStore
@@ -100,14 +101,36 @@ class _Folder(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: Any, ctx: Any) -> SnapshotStore:
         if isinstance(value, SnapshotStore):
             return value
-        store = SnapshotStore(value)
-        if not store.path.is_dir():
-            problem = "is not a folder" if store.path.exists() else "does not exist"
-        elif not any(store.scan()):
-            problem = "holds no snapshots"
-        else:
-            return store
+        try:
+            store = SnapshotStore(value)
+            if not store.path.is_dir():
+                problem = "is not a folder" if store.path.exists() else "does not exist"
+            elif not any(store.scan()):
+                problem = "holds no snapshots"
+            else:
+                return store
+        except (ValueError, ModuleNotFoundError, OSError) as error:
+            self.fail(str(error), param, ctx)
         self.fail(f"{value} {problem}; give the folder that EMA(snapshots=...) wrote", param, ctx)
+
+
+class _Output(click.Path):  # type: ignore[type-arg]
+    """Where something is written to: a local path, or a URL."""
+
+    def __init__(self, local: bool = False, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+        self._local = local
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            place = as_place(value)
+        except (ValueError, ModuleNotFoundError) as error:
+            self.fail(str(error), param, ctx)
+        if isinstance(place, Path):
+            return super().convert(str(place), param, ctx)
+        if self._local:
+            self.fail(f"{value} is a URL; give a local file", param, ctx)
+        return place
 
 
 class _Parsed(click.ParamType):  # type: ignore[type-arg]
@@ -149,6 +172,7 @@ def _budget(text: str) -> tuple[float, bool]:
 
 
 folder_argument = click.argument("store", metavar="FOLDER", type=_Folder())
+out_folder_type, picture_type = _Output(file_okay=False), _Output(local=True, dir_okay=False)
 folder_type, bytes_type, time_type = _Folder(), _Parsed("size", parse_bytes), _Parsed("time", _time)
 part_type = _Parsed("part", parse_part)
 tracks_type, budget_type = _Parsed("tracks", _tracks), _Parsed("budget", _budget)
@@ -205,11 +229,9 @@ def wanted_profiles(sigma_rel: Numbers | None, profiles: Sequence[Profile]) -> l
     return list(dict.fromkeys([*(PowerFunction(s) for s in sigma_rel or ()), *profiles]))
 
 
-def out_option(help: str, dir_okay: bool = True) -> Callable[[Any], Any]:
-    """``--out``, required."""
-    return click.option(
-        "--out", required=True, type=click.Path(dir_okay=dir_okay, path_type=Path), help=help
-    )
+def out_option(help: str, type: Any = None) -> Callable[[Any], Any]:
+    """``--out``, required; a file or folder at a path or URL, or what ``type`` says."""
+    return click.option("--out", required=True, type=type or _Output(), help=help)
 
 
 def _between(first: Decimal, second: Decimal, last: Decimal) -> list[Decimal]:

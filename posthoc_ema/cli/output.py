@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from posthoc_ema.errors import PosthocEMAError
+from posthoc_ema.places import RemotePath
 from posthoc_ema.profiles import PowerFunction, Profile
 
 DATA_SAYS_NO, MISUSE = 1, 2
@@ -162,7 +163,7 @@ def _plain(data: Any) -> Any:
         return {str(key): _plain(value) for key, value in data.items()}
     if isinstance(data, Profile):
         return _plain(data.to_dict())
-    if isinstance(data, Path):
+    if isinstance(data, (Path, RemotePath)):
         return str(data)
     if hasattr(data, "tolist"):
         data = data.tolist()

@@ -11,6 +11,7 @@ from posthoc_ema.cli.options import (
     folder_argument,
     method_option,
     out_option,
+    picture_type,
     profile_option,
     sigma_rel_option,
     time_option,
@@ -28,7 +29,7 @@ KINDS = ("profiles", "coefficients", "error")
 @folder_argument
 @sigma_rel_option()
 @profile_option
-@out_option("Where to draw to; its ending says how: png, svg, pdf.", dir_okay=False)
+@out_option("Where to draw to; its ending says how: png, svg, pdf.", picture_type)
 @time_option
 @method_option
 def plot(

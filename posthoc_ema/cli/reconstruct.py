@@ -21,6 +21,7 @@ from posthoc_ema.cli.options import (
 )
 from posthoc_ema.cli.output import Misuse, command, echo_json, format_error, note, table
 from posthoc_ema.export import is_torch_file
+from posthoc_ema.places import Place
 from posthoc_ema.profiles import Profile
 from posthoc_ema.reconstruct import Reconstruction
 from posthoc_ema.reconstruct import reconstruct as reconstruct_averages
@@ -63,7 +64,7 @@ def reconstruct(
     store: SnapshotStore,
     sigma_rel: Numbers | None,
     profiles: tuple[Profile, ...],
-    out: Path,
+    out: Place,
     t: float | None,
     method: str,
     names: tuple[str, ...],

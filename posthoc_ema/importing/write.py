@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.draft import write_text_atomically
 from posthoc_ema.encoding import (
     Digest,
     all_finite,
@@ -34,10 +35,10 @@ from posthoc_ema.importing.foreign import (
 )
 from posthoc_ema.importing.recognise import read_run
 from posthoc_ema.importing.region import Region
+from posthoc_ema.places import Place
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import AverageSource, CopySource, RunIdentity, Snapshot
-from posthoc_ema.snapshots import SnapshotStore
-from posthoc_ema.tensorfile import write_text_atomically
+from posthoc_ema.snapshots import SnapshotStore, as_store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +74,7 @@ class Import:
 
 def import_snapshots(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | Place | SnapshotStore,
     *,
     kind: str | None = None,
     sigma_rel: float | Sequence[float] | None = None,
@@ -98,7 +99,7 @@ def import_snapshots(
         source: A folder of official EDM2 pickles, of ema-pytorch or pytorch-posthoc-ema
             checkpoints, or of plain checkpoints with their time in their names; or several
             files; or a CSV with the columns ``file``, ``t``, ``profile``.
-        out: Folder of the store.
+        out: Folder of the store, or its URL, or a store.
         kind: ``"edm2"``, ``"ema-pytorch"``, ``"list"`` or ``"checkpoints"``, where it is not
             recognised.
         sigma_rel: EMA lengths of the tracks of ema-pytorch, in their order.
@@ -148,9 +149,11 @@ def import_snapshots(
     if dry_run:
         _check(run.snapshots)
         return Import(run.kind, run.unit, files, run.remarks)
-    if any(path.resolve().parent == Path(out).resolve() for s in run.snapshots for path in s.files):
+    store = as_store(out)
+    here = store.path.resolve()
+    if any(path.resolve().parent == here for s in run.snapshots for path in s.files):
         raise ValueError(f"out must be another folder than that of the files ({out})")
-    record = _Record.of(Path(out), run)
+    record = _Record.of(store, run)
     _check([snapshot for snapshot in run.snapshots if not record.has(snapshot)])
     total = sum(path.stat().st_size for s in run.snapshots for path in s.files)
     disable = None if progress is None else not progress  # None: only on a terminal
@@ -178,9 +181,9 @@ class _Record:
         self.present = {(s.t, s.profile) for s in store.scan()[0]}
 
     @classmethod
-    def of(cls, folder: Path, run: ForeignRun) -> _Record:
+    def of(cls, store: SnapshotStore, run: ForeignRun) -> _Record:
         """Begin, or go on."""
-        store, path = SnapshotStore(folder), folder / RECORD
+        folder, path = store.path, store.path / RECORD
         if path.exists():
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))

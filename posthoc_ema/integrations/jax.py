@@ -19,7 +19,7 @@ from posthoc_ema.profiles import Exponential, PowerFunction, Profile, as_profile
 from posthoc_ema.reconstruct import Reconstruction
 from posthoc_ema.schedule import Every, Schedule, ThinningSchedule, update_weight
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
-from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.snapshots import SnapshotStore, as_store
 from posthoc_ema.trackers.base import Selection, unique_names
 from posthoc_ema.trackers.jax import JaxTracker, averaged_leaves, named_leaves
 from posthoc_ema.trackers.jax import init as kept_copy
@@ -159,7 +159,7 @@ class SnapshotWriter:
 
     Args:
         tracker: The tracker, or its ``sigma_rel``.
-        snapshots: The folder.
+        snapshots: The folder, or its URL, or a store.
         every: Interval in units of t, as of :class:`posthoc_ema.EMA`.
         schedule: Instead of ``every``.
         encoding: As of :class:`posthoc_ema.EMA`.
@@ -172,7 +172,7 @@ class SnapshotWriter:
     def __init__(
         self,
         tracker: PureEMA | float | Profile | Sequence[float | Profile],
-        snapshots: str | os.PathLike[str],
+        snapshots: str | os.PathLike[str] | SnapshotStore,
         *,
         every: float | None = None,
         schedule: Schedule | None = None,
@@ -186,7 +186,7 @@ class SnapshotWriter:
         if isinstance(schedule, ThinningSchedule):
             raise ValueError("this writer does not thin; use posthoc_ema.prune afterwards")
         self._profiles = (tracker if isinstance(tracker, PureEMA) else PureEMA(tracker)).profiles
-        self.store = SnapshotStore(snapshots)
+        self.store = as_store(snapshots)
         self._schedule = schedule
         self._encoding, self._unit = check_encoding(encoding), unit
         self._run_id: str | None = None

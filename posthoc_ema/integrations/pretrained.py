@@ -14,12 +14,13 @@ import torch
 
 from posthoc_ema.errors import StructureError
 from posthoc_ema.reconstruct import Reconstruction, reconstruct
+from posthoc_ema.snapshots import SnapshotStore
 from posthoc_ema.trackers.base import Selection
 from posthoc_ema.trackers.torch_model import bind, real_view, restored
 
 
 def save_pretrained(
-    snapshots: str | os.PathLike[str],
+    snapshots: str | os.PathLike[str] | SnapshotStore,
     sigma_rel: float | None,
     like: Any,
     folder: str | os.PathLike[str],
@@ -30,7 +31,7 @@ def save_pretrained(
     """Reconstruct an average and save it as its framework saves models.
 
     Args:
-        snapshots: The folder that ``EMA(snapshots=...)`` wrote.
+        snapshots: The folder that ``EMA(snapshots=...)`` wrote, or its URL, or a store.
         sigma_rel: EMA length.
         like: A model of ``diffusers`` or ``transformers``, or one with PEFT adapters; or a folder
             that its ``save_pretrained`` wrote, such as a checkpoint of the run. What the
@@ -58,7 +59,7 @@ def save_pretrained(
         raise ValueError(
             f"like= must be a model with save_pretrained, or a folder (got {type(model).__name__})"
         )
-    weights: Reconstruction = reconstruct(Path(snapshots), sigma_rel, framework="torch", **options)
+    weights: Reconstruction = reconstruct(snapshots, sigma_rel, framework="torch", **options)
     with holding(model, weights, prefix=prefix):
         model.save_pretrained(folder)
     return weights

@@ -128,6 +128,8 @@ def test_missing_extras_are_named(clean: CleanEnvironment, trained: Path) -> Non
     plot = ("error", "run/ema", "--plot", "error.png")
     failed = clean.run("posthoc-ema", *plot, cwd=trained, status=2)
     assert "posthoc-ema[plots]" in failed.stderr
+    failed = clean.run("posthoc-ema", "list", "s3://bucket/run", cwd=trained, status=2)
+    assert "posthoc-ema[remote]" in failed.stderr
 
 
 @pytest.mark.slow
