@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from posthoc_ema.errors import SnapshotWriteError
 from posthoc_ema.journal import recover
@@ -60,7 +61,7 @@ def translated(folder: Place) -> Iterator[None]:
             f"cannot write snapshots to {folder}: {error.strerror}. "
             + (
                 "It is a file; give a folder"
-                if folder.is_file()
+                if isinstance(folder, Path) and folder.is_file()
                 else f"Those already there are unharmed; {remedy}, and the next update tries again"
             ),
         ) from error

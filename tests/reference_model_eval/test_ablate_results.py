@@ -176,9 +176,11 @@ def test_the_benchmark_draws_what_was_measured(out: Path, tmp_path: Path) -> Non
 
     results = write_ablation(PLAN, out)
     assert ladder.report(results).splitlines()[2].startswith("| D")
-    paths = ladder.draw({"ladder": results, "ingredients": results}, tmp_path / "figures")
-    names = ["ladder-curves.png", "ladder-magnitudes.png", "ladder-ingredients.png"]
-    assert [path.name for path in paths] == names
+    paths = [
+        path for part in ladder.PARTS for path in ladder.draw(part, results, tmp_path / "figures")
+    ]
+    drawn = {path.stem.removeprefix("ladder-") for path in paths}
+    assert drawn == {"curves", "magnitudes", "ingredients", "fashion"}
     assert all(plt.imread(path).std() > 0.05 for path in paths)  # an empty page has one colour
 
 
