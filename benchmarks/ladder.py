@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,10 @@ def report(results: Mapping[str, Any]) -> str:
     return harness.table(head, cells)
 
 
-def curves(variants: Sequence[Mapping[str, Any]]) -> Any:
+def curves(
+    variants: Sequence[Mapping[str, Any]],
+    title: str = "Each config has a best EMA length of its own",
+) -> Any:
     """Distance against EMA length, a line for each config."""
     figure, axes = plt.subplots(figsize=(8, 5.4), layout="constrained")
     for place, (v, color) in enumerate(zip(variants, COLORS, strict=False)):
@@ -106,7 +110,7 @@ def curves(variants: Sequence[Mapping[str, Any]]) -> Any:
         axes.plot(v["best"]["sigma_rel"] * aside, v["best"]["mean"], "o", ms=6, color=color)
     length_axis(axes)
     distance_axis(axes)
-    axes.set_title("Each config has a best EMA length of its own", fontsize=11)
+    axes.set_title(title, fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
@@ -164,7 +168,7 @@ def draw(part: str, results: Mapping[str, Any], folder: Path) -> list[Path]:
     figures = {
         "ladder": {"curves": curves, "magnitudes": magnitudes},
         "ingredients": {"ingredients": ingredients},
-        "fashion": {"fashion": curves},
+        "fashion": {"fashion": partial(curves, title="Early in training, on Fashion-MNIST")},
     }[part]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
