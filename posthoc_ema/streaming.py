@@ -195,6 +195,7 @@ class _Reader:
         total = self._buffer("total", len(run.coefficients) * count * 8).view(np.float64)
         total = total.reshape(len(run.coefficients), count)
         total.fill(0)
+        exact = {run.reference: base}
         for files in run.together:
             if self._combine_files(run, files, start, base, total):
                 continue
@@ -204,13 +205,16 @@ class _Reader:
                 factors = np.ascontiguousarray(run.coefficients[:, some])
                 # Residuals are differences already.
                 combine(stored, stored_as, None if block_bits(stored_as) else base, factors, total)
+                for i in {i for _, i in run.copied}.intersection(some):
+                    exact[i] = np.empty(count, dtype)
+                    decode_into(stored[some.index(i)], stored_as, exact[i])
         out = self._buffer("out", len(run.coefficients) * count * dtype.itemsize).view(dtype)
         out = out.reshape(total.shape)
         finite = finish(total, base, out)
         for target, i in run.copied:
-            if i == run.reference:
-                out[target] = base
-            else:
+            if i in exact:
+                out[target] = exact[i]
+            else:  # the compiled loops read it, and kept nothing
                 stored = self._read(run, [i], start, count, again=True)
                 decode_into(stored[0], run.dtypes[i], out[target])
         if not (finite or np.isfinite(out).all()):  # those put in place may be all right

@@ -85,6 +85,18 @@ def test_a_pass_takes_few_requests_and_many_at_a_time(run: ObjectStore) -> None:
     assert seconds < 0.25 * LATENCY * len(log.requests)
 
 
+def test_stored_averages_among_the_targets_are_not_read_again(run: ObjectStore) -> None:
+    """Those of the last time come back bit for bit, out of the same pass."""
+    store = SnapshotStore(run.at("/ema"))
+    store.list()
+    log = run.reset()
+    predict_error(store, 0.07)
+    sampled = log.bytes_read
+    log = run.reset()
+    reconstruct(store, [0.05, 0.07, 0.1])
+    assert log.bytes_read - sampled == 2 * TIMES * FILE, "each byte once"
+
+
 def test_many_lengths_by_pattern_take_no_more_requests(run: ObjectStore) -> None:
     """Each tensor is a sequence of blocks of its own; they are fetched together all the same."""
     many = snapshots(**{f"{kind}{k}": (5000,) for k in range(40) for kind in "ab"})
