@@ -40,12 +40,6 @@ static int64_t byte_of(int type, int64_t place) {
   return place * (type == F32 ? 4 : 2);
 }
 
-/* Bytes of so many numbers. */
-static int64_t stored_bytes(int type, int64_t count) {
-  if (type < QUANTISED) return byte_of(type, count);
-  return (count + BLOCK - 1) / BLOCK * block_bytes(type - QUANTISED);
-}
-
 static float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
@@ -209,22 +203,23 @@ static int read_range(int descriptor, int64_t offset, int64_t size, uint8_t *to)
 #endif
 }
 
-/* As combine, of open files, a part at a time, which stays in the cache; whether all could be read.
+/* As combine, of open files of floats, a part at a time, which stays in the cache; whether all
+   could be read.
 
    offsets: of the first number in each of `files` files. count: of numbers; they are read `together`
-   at a time, a multiple of BLOCK. coefficients: [targets, apart], as many as files and filled up
-   with zeros to a multiple of ROWS. buffer: for `together` numbers of ROWS files. hashes: NULL, or
-   [files, pieces] as of hash_pieces; then `together` numbers are whole pieces. */
+   at a time. coefficients: [targets, apart], as many as files and filled up with zeros to a multiple
+   of ROWS. buffer: for `together` numbers of ROWS files. hashes: NULL, or [files, pieces] as of
+   hash_pieces; then `together` numbers are whole pieces. */
 EXPORT int combine_files(int type, int64_t files, const int64_t *descriptors,
                          const int64_t *offsets, int64_t count, int64_t together,
                          const float *base, int64_t targets, const float *coefficients,
                          int64_t apart, double *out, int64_t stride, uint8_t *buffer,
                          uint64_t *hashes) {
   int64_t room = byte_of(type, together);
-  int64_t pieces = (stored_bytes(type, count) + PIECE - 1) / PIECE;
+  int64_t pieces = (byte_of(type, count) + PIECE - 1) / PIECE;
   for (int64_t start = 0; start < count; start += together) {
     int64_t n = count - start < together ? count - start : together;
-    int64_t size = stored_bytes(type, n), skip = byte_of(type, start);
+    int64_t size = byte_of(type, n), skip = byte_of(type, start);
     for (int64_t i = 0; i < files; i += ROWS) {
       const uint8_t *rows[ROWS];
       for (int64_t j = 0; j < ROWS; j++) {
@@ -234,8 +229,8 @@ EXPORT int combine_files(int type, int64_t files, const int64_t *descriptors,
           return 0;
         if (hashes) hash_pieces(rows[j], size, hashes + (i + j) * pieces + skip / PIECE);
       }
-      BEST(combine)(type, ROWS, rows, n, base ? base + start : NULL, targets, coefficients + i,
-                    apart, out + start, stride);
+      BEST(combine)(type, ROWS, rows, n, base + start, targets, coefficients + i, apart,
+                    out + start, stride);
     }
   }
   return 1;
