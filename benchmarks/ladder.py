@@ -6,9 +6,9 @@ measures every run at several EMA lengths; draws the figures of docs/ladder.md.
 
     python -m benchmarks.ladder --out FOLDER [--part ladder fashion ...] [--seeds 2] [--quick]
 
-An hour on two cores for the ladder with two seeds, somewhat more for Fashion-MNIST, and for the
-ingredients. Interrupt at will: the same command goes on, and runs that two parts need are made
-once. Fashion-MNIST is read from where Debian's package dataset-fashion-mnist puts it.
+With two seeds up to an hour on two cores for each part. Interrupt at will: the same command goes
+on, and runs that two parts need are made once. Fashion-MNIST is read from where Debian's package
+dataset-fashion-mnist puts it.
 """
 
 from __future__ import annotations
