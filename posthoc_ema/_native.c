@@ -16,6 +16,9 @@
 #include <errno.h>
 #include <unistd.h>
 #endif
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -167,20 +170,46 @@ EXPORT void measure(const float *values, int64_t count, double *square, float *l
   BEST(measure)(values, count, square, largest);
 }
 
-/* average[track] += weight[track] (source - average[track]) for a list of tensors.
+/* Work on tensors in parts, for any number of threads: each takes the next that nobody has, so
+   that one which begins late delays nobody. */
+struct part {
+  int64_t tensors;
+  const uint8_t *const *sources; /* numbers of `type`, */
+  const int64_t *counts;         /* how many, */
+  float *const *averages;        /* where their averages of the first track begin, */
+  const int64_t *strides;        /* and how far apart those of the tracks are */
+};
+struct parts {
+  int64_t next, number; /* zero; how many there are */
+  const struct part *list;
+  int64_t type, tracks;
+  const float *weights;
+  int64_t infinite; /* zero */
+};
 
-   sources, counts: of each tensor, its numbers of `type`, and how many. averages, strides: where
-   its averages of the first track begin, and how far apart those of the tracks are. */
-EXPORT void lerp(int type, int64_t tensors, const uint8_t *const *sources, const int64_t *counts,
-                 float *const *averages, const int64_t *strides, int64_t tracks,
-                 const float *weights) {
-  BEST(lerp)(type, tensors, sources, counts, averages, strides, tracks, weights);
+static const struct part *take_part(struct parts *parts) {
+#if defined(_MSC_VER)
+  int64_t k = _InterlockedExchangeAdd64(&parts->next, 1);
+#else
+  int64_t k = __atomic_fetch_add(&parts->next, 1, __ATOMIC_RELAXED);
+#endif
+  return k < parts->number ? parts->list + k : NULL;
 }
 
-/* Whether all numbers of a list of tensors are finite. */
-EXPORT int all_finite(int type, int64_t tensors, const uint8_t *const *sources,
-                      const int64_t *counts) {
-  return BEST(all_finite)(type, tensors, sources, counts);
+/* average[track] += weight[track] (source - average[track]) */
+EXPORT void lerp_parts(struct parts *parts) {
+  const struct part *p;
+  while ((p = take_part(parts)))
+    BEST(lerp)((int)parts->type, p->tensors, p->sources, p->counts, p->averages, p->strides,
+               parts->tracks, parts->weights);
+}
+
+/* Sets `infinite` if a number is not finite. */
+EXPORT void find_infinite(struct parts *parts) {
+  const struct part *p;
+  while ((p = take_part(parts)))
+    if (!BEST(all_finite)((int)parts->type, p->tensors, p->sources, p->counts))
+      parts->infinite = 1; /* all that a thread ever writes there */
 }
 
 /* XXH3 of each PIECE of some bytes, and of the rest, if there is one (of more than 240 bytes). */

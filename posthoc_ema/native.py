@@ -7,8 +7,9 @@ the environment leaves them out.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import pairwise
@@ -28,8 +29,8 @@ TYPES = {"F32": 0, "F16": 1, "BF16": 2, **{f"Q{bits}": 64 + bits for bits in (4,
 """Stored types that there are loops for, by their names in files."""
 
 ITEM = {"F32": 4, "F16": 2, "BF16": 2}
-_WORTH_THREADS = 1 << 20  # elements; fewer are moved before another thread has begun
-_PARTS = 8  # for each thread
+_WORTH_THREADS = 1 << 20  # elements; fewer are moved before a new thread has begun
+_PARTS, _PART = 8, 1 << 15  # for each thread, and of at least so many elements
 
 TOGETHER = 8
 """Files combined at once: ROWS in _native.c."""
@@ -40,8 +41,6 @@ def library() -> Any:
     """The loaded library; None where there is none."""
     if os.environ.get("POSTHOC_EMA_NATIVE") == "0":
         return None
-    import ctypes
-
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
@@ -65,11 +64,8 @@ def library() -> Any:
             [number, pointer, count, pointer, pointer, count, pointer, pointer],
         ),
         "measure": (None, [pointer, count, pointer, pointer]),
-        "lerp": (
-            None,
-            [number, count, pointer, pointer, pointer, pointer, count, pointer],
-        ),
-        "all_finite": (number, [number, count, pointer, pointer]),
+        "lerp_parts": (None, [pointer]),
+        "find_infinite": (None, [pointer]),
         "hash_pieces": (None, [pointer, count, pointer]),
         "combine_files": (
             number,
@@ -110,6 +106,33 @@ def addresses(arrays: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.uint6
     return np.array([address(array) for array in arrays], np.uint64)
 
 
+class _Part(ctypes.Structure):
+    """Some tensors, or pieces of them: what C calls ``struct part``."""
+
+    _fields_ = [
+        ("tensors", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sources", "counts", "averages", "strides")),
+    ]
+
+
+class _Parts(ctypes.Structure):
+    """All of them, and what shall be done: ``struct parts``."""
+
+    _fields_ = [
+        ("next", ctypes.c_int64),
+        ("number", ctypes.c_int64),
+        ("list", ctypes.c_void_p),
+        ("type", ctypes.c_int64),
+        ("tracks", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("infinite", ctypes.c_int64),
+    ]
+
+
+Team = Callable[[Any, Any], None]
+"""Calls a compiled function with an argument in several threads at once, and waits for all."""
+
+
 class Tensors:
     """Tensors in memory, and where their float32 averages lie, as C takes them.
 
@@ -119,6 +142,7 @@ class Tensors:
         counts: Number of elements of each.
         averages: Address of the average of each, of the first track.
         strides: From there to that of the next track, in elements.
+        team: Threads that stand ready; by default some are started for each call.
     """
 
     def __init__(
@@ -128,13 +152,15 @@ class Tensors:
         counts: Sequence[int],
         averages: Sequence[int],
         strides: Sequence[int],
+        team: Team | None = None,
     ) -> None:
-        self._type = TYPES[dtype]
-        self._parts: list[tuple[int, ...]] = []  # number of tensors, addresses of the arrays
-        self._kept: list[NDArray[Any]] = []
         total, item = sum(counts), ITEM[dtype]
-        self._threads = min(usable_cores(), MAX_THREADS) if total >= _WORTH_THREADS else 1
-        number = _PARTS * self._threads if self._threads > 1 else 1
+        number, cores = 1, usable_cores()
+        if cores > 1 and (team or total >= _WORTH_THREADS):
+            number = min(max(total // _PART, 1), _PARTS * cores)
+        self._type, self._team = TYPES[dtype], team or _start_threads
+        self._parts: list[_Part] = []
+        self._kept: list[NDArray[Any]] = []
         edges = [total * k // number for k in range(number + 1)]
         ends = np.cumsum(counts) if counts else np.zeros(0, np.int64)
         for left, right in pairwise(edges):
@@ -156,26 +182,35 @@ class Tensors:
             kinds = (np.uint64, np.int64, np.uint64, np.int64)
             arrays = list(map(np.array, columns, kinds))
             self._kept += arrays
-            self._parts.append((len(rows), *map(address, arrays)))
+            self._parts.append(_Part(len(rows), *map(address, arrays)))
+        self._list = (_Part * len(self._parts))(*self._parts)
 
     def lerp(self, weights: NDArray[np.float32]) -> None:
         """Move the averages of each track towards the tensors by its weight."""
-        # Whoever is free takes the next part: a thread that begins late, since others still spin
-        # on its core, delays nobody.
-        parts = iter(self._parts)
-
-        def move() -> None:
-            for part in parts:
-                library().lerp(self._type, *part, len(weights), address(weights))
-
-        # Threads of their own: what little starting them takes, waking ones would take too.
-        threads = [Thread(target=move) for _ in range(1, self._threads)]
-        for thread in threads:
-            thread.start()
-        move()
-        for thread in threads:
-            thread.join()
+        self._call("lerp_parts", len(weights), address(weights))
 
     def is_finite(self) -> bool:
         """Whether all elements of all tensors are finite."""
-        return all(library().all_finite(self._type, *part[:3]) for part in self._parts)
+        return not self._call("find_infinite").infinite
+
+    def _call(self, function: str, tracks: int = 0, weights: int | None = None) -> _Parts:
+        parts = _Parts(
+            0, len(self._list), ctypes.addressof(self._list), self._type, tracks, weights, 0
+        )
+        compiled = getattr(library(), function)
+        if len(self._list) > 1:
+            self._team(compiled, ctypes.byref(parts))
+        else:
+            compiled(ctypes.byref(parts))
+        return parts
+
+
+def _start_threads(function: Any, argument: Any) -> None:
+    """A team of our own: what little starting threads takes, waking them would take too."""
+    number = min(usable_cores(), MAX_THREADS)
+    threads = [Thread(target=function, args=(argument,)) for _ in range(1, number)]
+    for thread in threads:
+        thread.start()
+    function(argument)
+    for thread in threads:
+        thread.join()

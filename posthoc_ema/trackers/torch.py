@@ -1,18 +1,9 @@
-"""The tracker for PyTorch: modules, and mappings of tensors.
-
-An update reads every weight and reads and writes every average, and can do no less. What it
-need not do is walk the module, call a kernel for each tensor and track, or bring a weight into
-the cache once for each track. So the averages of one type and device are one matrix, a row for
-each track. A chunk of a large tensor moves all rows in one call. Small tensors, and those to be
-converted, all move in one call of a compiled loop; where there is none (on a GPU, without a
-compiler, of types it does not know) they are gathered into a block first.
-"""
+"""The tracker for PyTorch: modules, and mappings of tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any
@@ -20,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from posthoc_ema import native
 from posthoc_ema.snapshot_file import AverageSource, CopySource, PartOf
 from posthoc_ema.trackers.base import (
     CHUNK,
@@ -31,7 +21,8 @@ from posthoc_ema.trackers.base import (
     flatten_mapping,
     unflatten_like,
 )
-from posthoc_ema.trackers.torch_model import adapters_alone, bind, real_view, restored
+from posthoc_ema.trackers.torch_model import Binding, adapters_alone, bind, real_view, restored
+from posthoc_ema.trackers.torch_plan import Place, Plan, Pool
 from posthoc_ema.trackers.torch_sharded import (
     all_agree,
     is_sharded,
@@ -42,57 +33,6 @@ from posthoc_ema.trackers.torch_sharded import (
 )
 
 _KEPT = {"F32": torch.float32, "F64": torch.float64}
-_NATIVE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_SMALL = 1 << 14  # below this many elements a call costs more than a copy into a block
-_BLOCK = 1 << 17  # elements gathered at most
-_CAT = (1 << 15) - 1  # torch.cat copies more elements than this tensor by tensor
-_CPU_CHUNK = 1 << 19  # source and averages of one chunk stay in the cache
-
-
-@dataclass
-class _Pool:
-    """Averages of one type on one device: a row for each track."""
-
-    dtype: torch.dtype
-    device: torch.device
-    names: list[str] = field(default_factory=list)
-    size: int = 0
-    flats: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the average of one tensor lies in its pool, and in which order of its elements."""
-
-    pool: _Pool
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    complex: bool
-
-    def of(self, track: int) -> torch.Tensor:
-        """The average, in its own shape (a view)."""
-        row = self.pool.flats[track]
-        return row.as_strided(self.shape, self.stride, row.storage_offset() + self.start)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One step of an update: the averages of each track move towards the same source."""
-
-    source: torch.Tensor  # a parameter's own memory, or scratch
-    averages: torch.Tensor  # [tracks, elements]
-    # How scratch is filled first: tensors joined end to end, or converted, in each of its parts.
-    gather: Sequence[tuple[list[torch.Tensor], torch.Tensor]] = ()
-
-    def fill(self) -> None:
-        """Make the source hold the current values."""
-        for tensors, part in self.gather:
-            if len(tensors) > 1:
-                torch.cat(tensors, out=part)
-            else:
-                part.copy_(tensors[0])
 
 
 class TorchTracker(Tracker):
@@ -107,25 +47,23 @@ class TorchTracker(Tracker):
         self._binding = bind(model, self._select, first=True)
         self.specs, self.aliases = self._binding.specs, self._binding.aliases
         self._specs = {spec.name: spec for spec in self.specs}
-        self._places: dict[str, _Place] = {}
-        pools: dict[tuple[torch.dtype, torch.device], _Pool] = {}
+        self._places: dict[str, Place] = {}
+        pools: dict[tuple[torch.dtype, torch.device], Pool] = {}
         for spec in self.averaged:
             tensor = self._binding.real(spec.name)
             key = (_KEPT[spec.kept], torch.device(device) if device else tensor.device)
-            pool = pools.setdefault(key, _Pool(*key))
+            pool = pools.setdefault(key, Pool(*key))
             stop = pool.size + tensor.numel()
             stride = tensor.stride() if _is_dense(tensor) else _contiguous_stride(tensor.shape)
             shape, complex_ = tuple(tensor.shape), spec.dtype.startswith("C")
-            self._places[spec.name] = _Place(pool, pool.size, stop, shape, tuple(stride), complex_)
+            self._places[spec.name] = Place(pool, pool.size, stop, shape, tuple(stride), complex_)
             pool.names.append(spec.name)
             pool.size = stop
         self._pools = list(pools.values())
-        self._kept = {pool.dtype for pool in self._pools}
         for pool in self._pools:
             with torch.inference_mode(False):  # else they could not be updated outside of it
                 pool.flats = _zeros((tracks, pool.size), pool.dtype, pool.device)
-        self._tracks = range(tracks)
-        self._plan()
+        self._plan = Plan(self._pools, self._places, self._binding)
 
     def check(self, model: Any) -> None:
         """Notice replaced, moved or converted tensors without walking the module."""
@@ -140,56 +78,18 @@ class TorchTracker(Tracker):
             check_specs(self.specs, binding.current_specs())
             binding = bind(model, self._select)
         if binding is not self._binding:
-            self._binding = binding
-            self._plan()
+            self._follow(binding)
 
     def is_finite(self) -> bool:
         """Whether all weights to be averaged are finite; waits for the device once.
 
         Of sharded weights, in all processes: they must do the same.
         """
-        return all_agree(self._binding.sharded, self._is_finite())
+        return all_agree(self._binding.sharded, self._plan.is_finite())
 
-    @torch.no_grad()
-    def _is_finite(self) -> bool:
-        if not all(tensors.is_finite() for tensors in self._compiled):
-            return False
-        by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for source in self._sources():
-            # Finite only if every element is.
-            by_device.setdefault(source.device, []).append(source.sum().isfinite())
-        if all(bool(torch.stack(flags).all()) for flags in by_device.values()):
-            return True
-        # Or a sum of finite values overflowed.
-        return all(bool(source.isfinite().all()) for source in self._sources())
-
-    @torch.no_grad()
     def update(self, weights: Sequence[float] | None) -> None:
         """Move every average towards the current tensors; never waits for the device."""
-        columns = {}
-        if self._pieces and weights is not None:
-            columns = {dtype: torch.tensor(weights, dtype=dtype)[:, None] for dtype in self._kept}
-        whole = [1.0] * len(self._tracks)  # takes the tensors as they are
-        for tensors in self._compiled:
-            tensors.lerp(np.array(whole if weights is None else weights, np.float32))
-        for piece in self._pieces:
-            piece.fill()
-            if weights is None:
-                piece.averages.copy_(piece.source)
-            elif piece.averages.is_cpu:
-                piece.averages.lerp_(piece.source, columns[piece.averages.dtype])
-            else:  # a launch for each track costs nothing, a column would have to be sent there
-                for average, weight in zip(piece.averages, weights, strict=True):
-                    average.lerp_(piece.source, weight)
-        for name in self._gathered:  # views that do not lie densely in memory
-            source = self._binding.real(name)
-            for track in self._tracks:
-                average = self._places[name].of(track)
-                moved = source.to(average.device, average.dtype)
-                if weights is None:
-                    average.copy_(moved)
-                else:
-                    average.lerp_(moved, weights[track])
+        self._plan.move(weights)
 
     def average(self, track: int, name: str) -> torch.Tensor:
         """A copy of one average, in the memory order of its parameter."""
@@ -291,99 +191,15 @@ class TorchTracker(Tracker):
                     binding.real(spec.name).copy_(self._places[spec.name].of(track))
             yield model
 
-    def _sources(self) -> Iterator[torch.Tensor]:
-        """The current values of tensors that no loop is compiled for; each valid until the next."""
-        for piece in self._pieces:
-            piece.fill()
-            yield piece.source
-        for name in self._gathered:
-            yield self._binding.real(name).to(self._places[name].pool.dtype)
-
     def _rebind(self) -> None:
         """Walk the model again: buffers may have been replaced, which updates do not look at."""
         binding = bind(self._model, self._select)
         check_specs(self.specs, binding.specs)
+        self._follow(binding)
+
+    def _follow(self, binding: Binding) -> None:
         self._binding = binding
-        self._plan()
-
-    def _plan(self) -> None:
-        """Cut the work of an update into pieces; holds until a tensor moves in memory."""
-        self._pieces: list[_Piece] = []
-        self._gathered: list[str] = []
-        self._compiled: list[native.Tensors] = []
-        for pool in self._pools:
-            loops = pool.device.type == "cpu" and pool.dtype == torch.float32 and native.library()
-            compiled: dict[str, list[tuple[torch.Tensor, int]]] = {}
-            chunk = _CPU_CHUNK if pool.device.type == "cpu" else pool.size
-            with torch.inference_mode(False):
-                scratch = torch.empty(
-                    min(max(_BLOCK, _SMALL), pool.size), dtype=pool.dtype, device=pool.device
-                )
-            block: list[tuple[torch.Tensor, _Place]] = []
-            filled = 0
-            for name in pool.names:
-                place = self._places[name]
-                tensor = self._binding.real(name)
-                count = tensor.numel()
-                if not _same_order(tensor, place.stride) or self._binding.is_lazy(name):
-                    self._gathered.append(name)
-                    block, filled = self._close(block, scratch), 0
-                    continue
-                flat = tensor.as_strided((count,), (1,), tensor.storage_offset())
-                direct = flat.dtype == pool.dtype and flat.device == pool.device
-                # Large tensors that need no conversion are moved as well by PyTorch's own threads,
-                # which after a training step are awake.
-                compiles = count < _SMALL or not direct
-                if loops and compiles and flat.is_cpu and flat.dtype in _NATIVE:
-                    compiled.setdefault(_NATIVE[flat.dtype], []).append((flat, place.start))
-                    block, filled = self._close(block, scratch), 0  # what follows lies elsewhere
-                    continue
-                if count < _SMALL:
-                    if filled + count > scratch.numel() or _differs(flat, block):
-                        block, filled = self._close(block, scratch), 0
-                    if count:
-                        block.append((flat, place))
-                        filled += count
-                    continue
-                block, filled = self._close(block, scratch), 0
-                step = chunk if direct else min(chunk, scratch.numel())
-                for start in range(0, count, step):
-                    stop = min(start + step, count)
-                    source, part = flat[start:stop], scratch[: stop - start]
-                    averages = pool.flats[:, place.start + start : place.start + stop]
-                    if direct:
-                        self._pieces.append(_Piece(source, averages))
-                    else:
-                        self._pieces.append(_Piece(part, averages, [([source], part)]))
-            self._close(block, scratch)
-            self._compiled += [
-                native.Tensors(
-                    dtype,
-                    [flat.data_ptr() for flat, _ in tensors],
-                    [flat.numel() for flat, _ in tensors],
-                    [pool.flats.data_ptr() + 4 * start for _, start in tensors],
-                    [pool.size] * len(tensors),
-                )
-                for dtype, tensors in compiled.items()
-            ]
-
-    def _close(self, block: list[tuple[torch.Tensor, _Place]], scratch: torch.Tensor) -> list[Any]:
-        """Make a piece of the small tensors gathered so far; they lie end to end in the pool."""
-        if block:
-            start, stop = block[0][1].start, block[-1][1].stop
-            gather: list[tuple[list[torch.Tensor], torch.Tensor]] = []
-            first = done = 0
-            tensors: list[torch.Tensor] = []
-            for flat, _ in block:
-                if tensors and done + flat.numel() - first > _CAT:
-                    gather.append((tensors, scratch[first:done]))
-                    tensors, first = [], done
-                tensors.append(flat)
-                done += flat.numel()
-            gather.append((tensors, scratch[first:done]))
-            averages = block[0][1].pool.flats[:, start:stop]
-            self._pieces.append(_Piece(scratch[:done], averages, gather))
-        return []
+        self._plan = Plan(self._pools, self._places, binding)
 
 
 def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -406,17 +222,6 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()
-
-
-def _same_order(tensor: torch.Tensor, stride: Sequence[int]) -> bool:
-    """Whether memory order agrees although strides of single-element axes differ."""
-    pairs = zip(tensor.shape, tensor.stride(), stride, strict=True)
-    return tensor.numel() == 0 or all(size == 1 or a == b for size, a, b in pairs)
-
-
-def _differs(flat: torch.Tensor, block: Sequence[tuple[torch.Tensor, _Place]]) -> bool:
-    """Whether a tensor cannot be gathered with those before: another type or device."""
-    return bool(block) and (flat.dtype, flat.device) != (block[0][0].dtype, block[0][0].device)
 
 
 def _chunks(average: torch.Tensor) -> Iterator[Any]:

@@ -41,6 +41,7 @@ LAYERS = [
         "trackers.__init__",
     ],
     ["trackers.torch_model"],
+    ["trackers.torch_plan"],
     ["forecast", "planning", "thinning", "evaluations", "trackers.torch", "trackers.jax"],
     ["sweep", "plots", "plan", "pruning", "trackers.pick"],
     ["recording"],
