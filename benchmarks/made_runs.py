@@ -1,7 +1,7 @@
 """Snapshots of a made-up training run, in this library's format and in that of its peers.
 
-The weights move at random along a few directions, so that neighbouring snapshots resemble each
-other as in a real run. Files are kept and reused: writing gigabytes takes minutes.
+The weights walk at random along some directions, and snapshots hold their true averages. Files
+are kept and reused: writing gigabytes takes minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from posthoc_ema import PowerFunction, SnapshotStore
 from posthoc_ema.snapshots import AverageSource, RunIdentity
 
 SIGMA_RELS = (0.05, 0.10)
-_DIRECTIONS = 3
+_INTERVAL = 1000  # steps between snapshots
+_DIRECTIONS, _SPEED = 16, 0.002
 _DONE = "complete"
 
 
@@ -56,11 +57,14 @@ class MadeRun:
         generator = np.random.default_rng(0)
         shape = (1 + _DIRECTIONS, self.size)
         base = generator.standard_normal(shape, dtype=np.float32) * np.float32(0.05)
-        walk = generator.standard_normal((self.times, _DIRECTIONS)).cumsum(axis=0) / 8
-        for i in range(self.times):
+        steps = self.times * _INTERVAL
+        walk = generator.standard_normal((steps, _DIRECTIONS)).cumsum(axis=0) * _SPEED
+        times = np.arange(steps + 1)
+        for end in range(_INTERVAL, steps + 1, _INTERVAL):
             for track, sigma_rel in enumerate(SIGMA_RELS):
-                place = np.float32(1 - 2 * sigma_rel) * walk[i].astype(np.float32)
-                yield 1000 * (i + 1), track, base[0] + place @ base[1:]
+                cumulative = PowerFunction(sigma_rel).cumulative(times, end)
+                place = np.diff(cumulative) @ walk
+                yield end, track, base[0] + place.astype(np.float32) @ base[1:]
 
     def store(self, folder: Path) -> Path:
         """The run as this library writes it; made if it is not there."""

@@ -27,6 +27,7 @@ from benchmarks import harness
 from benchmarks.made_runs import SIGMA_RELS, MadeRun, drop_from_cache, read_all
 
 READING, OURS, NUMPY = "reading the bytes", "posthoc_ema", "posthoc_ema, no torch loaded"
+EVERY = "posthoc_ema, every snapshot (slack=0)"
 EMA_PYTORCH, PYTORCH_POSTHOC_EMA = "ema-pytorch", "pytorch-posthoc-ema"
 TARGETS = (1, 8)
 
@@ -64,10 +65,11 @@ def sigma_rels(targets: int) -> list[float]:
 
 
 def reconstruct_ours(
-    path: Path, targets: int, out: str | None, framework: str
+    path: Path, targets: int, out: str | None, contender: str
 ) -> Callable[[], Any]:
     from posthoc_ema import reconstruct
 
+    framework = "numpy" if contender == NUMPY else "torch"
     if framework == "torch":
         import torch  # noqa: F401 - a program that uses torch has it loaded
 
@@ -78,6 +80,7 @@ def reconstruct_ours(
         out=out,
         framework=framework,
         progress=False,
+        slack=0 if contender == EVERY else None,
     )
 
 
@@ -127,9 +130,8 @@ def work(task: dict[str, Any]) -> None:
     call: Callable[[], Any]
     if contender == READING:
         call = lambda: read_all(path)  # noqa: E731
-    elif contender in (OURS, NUMPY):
-        framework = "torch" if contender == OURS else "numpy"
-        call = reconstruct_ours(path, targets, task["out"], framework)
+    elif contender in (OURS, NUMPY, EVERY):
+        call = reconstruct_ours(path, targets, task["out"], contender)
     elif contender == EMA_PYTORCH:
         call = reconstruct_ema_pytorch(path, targets, run)
     else:
@@ -193,7 +195,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 def contenders(case: Case, with_peers: bool) -> list[tuple[str, int]]:
     listed = [(READING, 0)]
-    own = (OURS,) if case.to_file else (OURS, NUMPY)
+    own = (OURS,) if case.to_file else (OURS, NUMPY, EVERY)
     others = (EMA_PYTORCH, PYTORCH_POSTHOC_EMA) if case.peers and with_peers else ()
     return listed + [(name, k) for k in case.targets for name in (*own, *others)]
 

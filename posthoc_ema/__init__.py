@@ -27,6 +27,7 @@ from posthoc_ema.errors import SnapshotWriteError as SnapshotWriteError
 from posthoc_ema.errors import StateError as StateError
 from posthoc_ema.errors import StructureError as StructureError
 from posthoc_ema.errors import UnsafePickleError as UnsafePickleError
+from posthoc_ema.forecast import predict_error as predict_error
 from posthoc_ema.importing.write import Import as Import
 from posthoc_ema.importing.write import import_snapshots as import_snapshots
 from posthoc_ema.plan import Plan as Plan
@@ -39,7 +40,6 @@ from posthoc_ema.profiles import Uniform as Uniform
 from posthoc_ema.pruning import Pruning as Pruning
 from posthoc_ema.pruning import prune as prune
 from posthoc_ema.reconstruct import Reconstruction as Reconstruction
-from posthoc_ema.reconstruct import predict_error as predict_error
 from posthoc_ema.reconstruct import reconstruct as reconstruct
 from posthoc_ema.schedule import AtTimes as AtTimes
 from posthoc_ema.schedule import Every as Every

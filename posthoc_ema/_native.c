@@ -232,6 +232,13 @@ static int read_range(int descriptor, int64_t offset, int64_t size, uint8_t *to)
 #endif
 }
 
+/* Pieces of an open file, each [offset there, place in out, bytes]; whether all could be read. */
+EXPORT int read_pieces(int descriptor, int64_t number, const int64_t *pieces, uint8_t *out) {
+  for (const int64_t *piece = pieces; piece < pieces + 3 * number; piece += 3)
+    if (!read_range(descriptor, piece[0], piece[2], out + piece[1])) return 0;
+  return 1;
+}
+
 /* As combine, of open files of floats, a part at a time, which stays in the cache; whether all
    could be read.
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from posthoc_ema.choice import select_snapshots
 from posthoc_ema.draft import write_text_atomically
 from posthoc_ema.places import Place, as_place
-from posthoc_ema.reconstruct import Reconstruction, reconstruct, select_snapshots
+from posthoc_ema.reconstruct import Reconstruction, reconstruct
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.snapshots import SnapshotStore, as_store
 

@@ -13,8 +13,9 @@ from posthoc_ema.blocks import BLOCK
 from posthoc_ema.chain import is_residual, with_inputs
 from posthoc_ema.encoding import all_finite, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
+from posthoc_ema.kernels import read_pieces
 from posthoc_ema.movement import Movement, fit_movement, informative
-from posthoc_ema.reading import Reader, check_unreplaced, for_each
+from posthoc_ema.reading import OpenFile, Reader, check_unreplaced, for_each
 from posthoc_ema.snapshot_file import Snapshot
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _SAMPLE_BYTES = 32 << 20  # of all snapshots together: with many, fewer weights 
 _RUN = 512  # weights read in one piece: neighbours cost nothing once the disk has been asked
 _GAP, _READ = 1 << 14, 1 << 20  # bytes between pieces that one read joins, and at most of it
 _MIN_SAMPLE = 64
+_ROOM = 1.1  # for the rounding of storage
 _CHUNK = 1 << 13
 # Averages live in float32 (or float64), so even exact storage leaves them this uncertain
 # (variance, relative to the mean square).
@@ -70,6 +72,7 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
     chosen = np.flatnonzero(np.isin(times, informative(times)))
     sampled = [snapshots[int(i)] for i in chosen]
     sample, weights = sample_weights(sampled, seed)
+    _check_sizes(sampled, sample)
     if len(snapshots) < 2 or not len(weights):
         remark = "one snapshot: the movement of the weights is unknown, no error is predicted"
         unknown = Movement.constant(t_last, np.nan)
@@ -89,18 +92,27 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
     if sample.shape[1] < _MIN_SAMPLE:
         remarks.append(f"only {sample.shape[1]} weights: the predicted error is a rough guess")
     squares, products = _products(sample, weights)
-    noise = np.array(
-        [
-            _noise(s, m)
-            for s, m in zip(snapshots, np.interp(times, times[chosen], squares), strict=True)
-        ]
-    )
+    noise = _noise(snapshots, np.interp(times, times[chosen], squares))
     inputs = [(float(s.t), s.profile) for s in sampled]
     if np.isfinite(products).all():
         movement = fit_movement(inputs, products, noise[chosen], 1 / (weights**2).sum())
     else:  # large only because of damage, which the pass will find
         movement = Movement.constant(t_last, mean_square / t_last or 1.0)
     return Evidence(movement, noise, share, mean_square, tuple(remarks))
+
+
+def _check_sizes(snapshots: Sequence[Snapshot], sample: NDArray[Any]) -> None:
+    """No weight is larger than all of them together were when the file was written.
+
+    A file that turns out to count little is not read further, and its digest not compared; a
+    flipped bit of an exponent must not have decided that.
+    """
+    largest = np.abs(sample).max(axis=1, initial=0)
+    for snapshot, found in zip(snapshots, largest.tolist(), strict=True):
+        square = snapshot.statistics["count"] * snapshot.statistics["mean_square"]
+        if not found <= _ROOM * square**0.5:
+            for file in with_inputs([snapshot]):
+                file.verify()
 
 
 def _products(
@@ -120,14 +132,17 @@ def _products(
     return np.minimum(squares, np.finfo(np.float64).max), products
 
 
-def _noise(snapshot: Snapshot, mean_square: float) -> float:
-    """Variance of rounding of weights of this size: that of floats is relative."""
+def _noise(snapshots: Sequence[Snapshot], mean_squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Variance of rounding of weights of this size in each: that of floats is relative."""
+    counts = {name: entry.count for name, entry in snapshots[0].entries.items()}
     kept = sum(
-        _ROUNDING["F64" if dtype in ("F64", "C128") else "F32"] * snapshot.entries[name].count
-        for name, dtype in snapshot.averages.items()
-    ) / max(snapshot.statistics["count"], 1)
-    stored = snapshot.statistics["rounding_square"] / (snapshot.statistics["mean_square"] or 1.0)
-    return (kept + stored) * mean_square
+        _ROUNDING["F64" if dtype in ("F64", "C128") else "F32"] * counts[name]
+        for name, dtype in snapshots[0].averages.items()
+    ) / max(snapshots[0].statistics["count"], 1)
+    stored = [
+        s.statistics["rounding_square"] / (s.statistics["mean_square"] or 1.0) for s in snapshots
+    ]
+    return (kept + np.array(stored)) * mean_squares
 
 
 def sample_weights(
@@ -233,6 +248,8 @@ def _read_places(
     file: Reader, places: Sequence[tuple[int, int, int]], out: NDArray[np.uint8]
 ) -> None:
     """Read (offset in the file, place in ``out``, bytes); those close to each other in one go."""
+    if isinstance(file, OpenFile) and read_pieces(file.descriptor, places, out):
+        return  # else what follows does it, or says what is wrong
     groups: list[list[tuple[int, int, int]]] = []
     for place in places:
         offset, _, size = place

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.choice import select_slack, select_snapshots, solve_for
 from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.profiles import Profile, as_profile
-from posthoc_ema.reconstruct import select_snapshots
 from posthoc_ema.snapshot_file import Snapshot
 from posthoc_ema.snapshots import SnapshotStore, as_store
-from posthoc_ema.solve import Solution, solve
+from posthoc_ema.solve import Solution
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,6 +88,37 @@ def forecast(
     return _solved(usable, t, profiles, method, gather_evidence(usable))
 
 
+def predict_error(
+    snapshots: str | os.PathLike[str] | SnapshotStore,
+    sigma_rel: float | Sequence[float],
+    t: float | None = None,
+    *,
+    method: str = "kriging",
+    slack: float | None = None,
+) -> Any:
+    """Predicted error of reconstructions, without reconstructing: a small sample is read.
+
+    Args:
+        snapshots: A folder or store.
+        sigma_rel: EMA length, or several.
+        t: Time of the average; default: the last snapshot's.
+        method: As in :func:`posthoc_ema.reconstruct`.
+        slack: As in :func:`posthoc_ema.reconstruct`.
+
+    Returns:
+        Expected RMS error relative to the RMS of the weights: a float, or ``[k]`` float64 for a
+        sequence. NaN where a single snapshot cannot tell.
+    """
+    usable, t = select_snapshots(snapshots, t)
+    slack = select_slack(slack, usable, method)
+    several = np.ndim(sigma_rel) > 0
+    listed: Any = sigma_rel if several else [sigma_rel]
+    evidence = gather_evidence(usable)
+    solution = solve_for(usable, t, [as_profile(s) for s in listed], method, evidence, slack)
+    errors = evidence.relative_error(solution.expected_square)
+    return errors if several else float(errors[0])
+
+
 def _solved(
     snapshots: Sequence[Snapshot],
     t: float,
@@ -95,11 +126,5 @@ def _solved(
     method: str,
     evidence: Evidence,
 ) -> Forecast:
-    solution = solve(
-        [(s.t, s.profile) for s in snapshots],
-        [(t, profile) for profile in profiles],
-        method=method,
-        movement=evidence.movement,
-        noise=evidence.noise,
-    )
+    solution = solve_for(snapshots, t, profiles, method, evidence)
     return Forecast(snapshots, t, profiles, method, solution, evidence)

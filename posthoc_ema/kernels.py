@@ -116,6 +116,25 @@ def combine_files(
     return hashes if read else None
 
 
+def read_pieces(
+    descriptor: int, pieces: Sequence[tuple[int, int, int]], out: NDArray[np.uint8]
+) -> bool:
+    """Read many pieces of a file in one call; False if not all could be, or no loop is compiled.
+
+    Args:
+        descriptor: Of the open file.
+        pieces: Each as its offset in the file, its place in ``out``, and its size in bytes.
+        out: Contiguous bytes.
+    """
+    library = native.library()
+    if library is None:
+        return False
+    table = np.array(pieces, np.int64).reshape(-1, 3)
+    return bool(
+        library.read_pieces(descriptor, len(table), native.address(table), native.address(out))
+    )
+
+
 def finish(total: NDArray[np.float64], base: NDArray[Any], out: NDArray[Any]) -> bool:
     """``out = total + base``, and whether all of it is finite.
 

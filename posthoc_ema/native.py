@@ -67,6 +67,7 @@ def library() -> Any:
         "lerp_parts": (None, [pointer]),
         "find_infinite": (None, [pointer]),
         "hash_pieces": (None, [pointer, count, pointer]),
+        "read_pieces": (number, [number, count, pointer, pointer]),
         "combine_files": (
             number,
             [

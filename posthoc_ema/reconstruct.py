@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.arrays import check_framework
+from posthoc_ema.choice import select_slack, select_snapshots, solve_for
 from posthoc_ema.evidence import Evidence, gather_evidence
 from posthoc_ema.export import ModelFolder, is_torch_file, save_torch
 from posthoc_ema.loading import load_files, loaded, stamps_of
 from posthoc_ema.partition import Partition
 from posthoc_ema.places import Place, as_place
-from posthoc_ema.profiles import Profile, as_profile
+from posthoc_ema.profiles import Profile
 from posthoc_ema.request import (
     EVERYTHING,
     Goal,
@@ -31,9 +32,9 @@ from posthoc_ema.request import (
 )
 from posthoc_ema.sinks import FileSink, MemorySink
 from posthoc_ema.snapshot_file import Snapshot
-from posthoc_ema.snapshots import SnapshotStore, as_store
-from posthoc_ema.solve import METHODS, Solution, solve
-from posthoc_ema.streaming import Group, stream
+from posthoc_ema.snapshots import SnapshotStore
+from posthoc_ema.solve import METHODS, Solution
+from posthoc_ema.streaming import Group, files_needed, stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,6 +107,7 @@ def reconstruct(
     verify: bool = True,
     part: tuple[int, int] | None = None,
     like: str | Path | None = None,
+    slack: float | None = None,
 ) -> Any:
     """Reconstruct averages of a finished or running training run from its snapshots.
 
@@ -140,6 +142,10 @@ def reconstruct(
             in part, and their digests not checked.
         like: Folder of a model as ``save_pretrained`` of transformers, diffusers or PEFT wrote
             it: ``out`` becomes such a folder, with its configuration and these weights.
+        slack: By how much the predicted error may exceed the least, relative to it, so that
+            fewer snapshots are read, often a third or less: those that hardly count get
+            coefficients of exactly 0, and are not checked. By default 0.005, half a percent, if
+            the snapshots take more than 256 MB, else 0. For ``method="kriging"``.
 
     Returns:
         A :class:`Reconstruction`, or a list of them if several targets were asked for.
@@ -162,6 +168,7 @@ def reconstruct(
     out = None if out is None else as_place(out)
     goals, several = parse_goals(sigma_rel, target)
     usable, t = select_snapshots(snapshots, t)
+    slack = select_slack(slack, usable, method)
     framework = check_framework(framework or usable[0].run.framework)
     chosen = select_names(usable[0], names)
     assignment = assign(goals, chosen)
@@ -184,7 +191,7 @@ def reconstruct(
         raise FileExistsError(f"{torch_file} exists; delete it or give another out=")
     division = None
     if part is not None:
-        division = Partition.of_request(part, usable, chosen, (t, method, names), paths)
+        division = Partition.of_request(part, usable, chosen, (t, method, names, slack), paths)
         assignment = division.own(assignment)
         paths = division.paths
     for path in () if overwrite else paths:
@@ -194,18 +201,21 @@ def reconstruct(
                 raise FileExistsError(f"{existing} exists; delete it or give another out=")
 
     evidence = gather_evidence(usable)
-    inputs = [(s.t, s.profile) for s in usable]
-    solutions = [_solve_goal(inputs, goal, t, method, evidence) for goal in goals]
+    solutions = []
+    for goal in goals:
+        solved = solve_for(usable, t, list(goal.values()), method, evidence, slack)
+        solutions.append({pattern: solved[k] for k, pattern in enumerate(goal)})
     groups = [
         Group(members, np.stack([s[p].coefficients for s, p in zip(solutions, key, strict=True)]))
         for key, members in assignment.items()
     ]
+    sparse = slack > 0
     copies = usable[-1].copy_sources() if names is None and (not part or part[0] == 1) else []
     whole = verify and names is None and part is None
 
     memory = MemorySink(len(goals))
     files: list[list[Place]] = [[] for _ in goals]
-    with _progress_bar(usable, progress) as advance:
+    with _progress_bar(files_needed(usable, groups, sparse), progress) as advance:
         if paths:
             metadata = [
                 {"t": t, "profile": _by_pattern({p: repr(q) for p, q in goal.items()})}
@@ -215,7 +225,7 @@ def reconstruct(
             if division is not None:
                 metadata, limit = division.metadata(metadata), inf
             with FileSink(paths, copies, metadata, limit) as sink:
-                stream(usable, groups, sink, check=whole, progress=advance)
+                stream(usable, groups, sink, check=whole, sparse=sparse, progress=advance)
                 if division is not None:
                     division.withdraw()
                 sink.commit()
@@ -223,7 +233,7 @@ def reconstruct(
             if division is not None:
                 division.join()
         else:
-            stream(usable, groups, memory, check=whole, progress=advance)
+            stream(usable, groups, memory, check=whole, sparse=sparse, progress=advance)
 
     results = []
     for k, (goal, solution) in enumerate(zip(goals, solutions, strict=True)):
@@ -248,67 +258,6 @@ def reconstruct(
         save_torch(results[0].state_dict(), torch_file)
         results[0] = replace(results[0], files=[torch_file])
     return results if several else results[0]
-
-
-def predict_error(
-    snapshots: str | os.PathLike[str] | SnapshotStore,
-    sigma_rel: float | Sequence[float],
-    t: float | None = None,
-    *,
-    method: str = "kriging",
-) -> Any:
-    """Predicted error of reconstructions, without reconstructing: a small sample is read.
-
-    Args:
-        snapshots: A folder or store.
-        sigma_rel: EMA length, or several.
-        t: Time of the average; default: the last snapshot's.
-        method: As in :func:`reconstruct`.
-
-    Returns:
-        Expected RMS error relative to the RMS of the weights: a float, or ``[k]`` float64 for a
-        sequence. NaN where a single snapshot cannot tell.
-    """
-    usable, t = select_snapshots(snapshots, t)
-    evidence = gather_evidence(usable)
-    several = np.ndim(sigma_rel) > 0
-    listed: Any = sigma_rel if several else [sigma_rel]
-    targets = [(t, as_profile(s)) for s in listed]
-    inputs = [(s.t, s.profile) for s in usable]
-    solution = solve(
-        inputs, targets, method=method, movement=evidence.movement, noise=evidence.noise
-    )
-    errors = evidence.relative_error(solution.expected_square)
-    return errors if several else float(errors[0])
-
-
-def select_snapshots(
-    snapshots: str | os.PathLike[str] | SnapshotStore, t: float | None
-) -> tuple[Sequence[Snapshot], float]:
-    """Snapshots that an average at ``t`` may use, in order of time, and ``t`` itself.
-
-    Raises:
-        ValueError: If ``t`` lies before the first or after the last snapshot.
-    """
-    store = as_store(snapshots)
-    found = store.list()
-    if t is None:
-        t = found[-1].t
-    usable = [s for s in found if s.t <= t]
-    if not usable or t > found[-1].t:
-        raise ValueError(
-            f"t={t} is outside the snapshots of {store.path}, which reach from t={found[0].t} to "
-            f"t={found[-1].t} {found[0].run.unit}"
-        )
-    return usable, t
-
-
-def _solve_goal(
-    inputs: Sequence[tuple[float, Profile]], goal: Goal, t: float, method: str, evidence: Evidence
-) -> dict[str, Solution]:
-    targets = [(t, profile) for profile in goal.values()]
-    solved = solve(inputs, targets, method=method, movement=evidence.movement, noise=evidence.noise)
-    return {pattern: solved[k] for k, pattern in enumerate(goal)}
 
 
 def _by_pattern(values: Mapping[str, Any]) -> Any:

@@ -85,12 +85,27 @@ class _Run:
         return sum(entry.count for entry in self.outputs)
 
 
+def files_needed(
+    snapshots: Sequence[Snapshot], groups: Sequence[Group], sparse: bool = False
+) -> list[Snapshot]:
+    """The files to read, each after those that it was predicted from.
+
+    A combination rests on all files, those of coefficient zero too: damage may have made it so.
+    Where it is ``sparse``, they are zero on purpose.
+    """
+    needed = np.any([(group.coefficients != 0).any(0) for group in groups], axis=0)
+    if not sparse:
+        needed |= any((np.count_nonzero(g.coefficients, 1) > 1).any() for g in groups)
+    return with_inputs(s for s, need in zip(snapshots, needed, strict=True) if need)
+
+
 def stream(
     snapshots: Sequence[Snapshot],
     groups: Sequence[Group],
     sink: Sink,
     *,
     check: bool,
+    sparse: bool = False,
     progress: Callable[[int], object],
 ) -> None:
     """Combine the averages of many snapshots.
@@ -100,18 +115,14 @@ def stream(
         groups: All tensors wanted, by their coefficients.
         sink: Where results go.
         check: Compare the digest of every file read; needs all averaged tensors in ``groups``.
+        sparse: Whether to leave out files whose coefficients are all zero.
         progress: Called with the number of bytes read.
 
     Raises:
         CorruptSnapshotError: If a file was damaged since it was written.
         NonFiniteError: If a result holds NaN or infinity.
     """
-    # A combination rests on all files, those of coefficient zero too: damage may have made it so.
-    needed = np.any(
-        [(g.coefficients != 0).any(0) | (np.count_nonzero(g.coefficients, 1) > 1).any()
-         for g in groups], axis=0,
-    )  # fmt: skip
-    used = with_inputs(s for s, need in zip(snapshots, needed, strict=True) if need)
+    used = files_needed(snapshots, groups, sparse)
     groups = [_for_files(group, snapshots, used) for group in groups]
     wanted = {name for group in groups for name in group.names}
     order = [name for name in used[0].entries if name in wanted]

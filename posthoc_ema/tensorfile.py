@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from operator import index
 from threading import Lock
@@ -73,6 +73,10 @@ class TensorEntry:
         return TensorEntry(self.name, "U8", shape, self.offset)
 
 
+# The files of a run have the same ones, by the hundred thousand.
+_entry = lru_cache(maxsize=1 << 14)(TensorEntry)
+
+
 @dataclass(frozen=True)
 class Header:
     """What a file says of itself: our metadata (None if it has none) and its tensors in order."""
@@ -108,7 +112,7 @@ def read_header(path: Place) -> Header:
     metadata = (header.pop("__metadata__", None) or {}).get(METADATA_KEY)
     start = 8 + length
     entries = [
-        TensorEntry(name, e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0])
+        _entry(name, e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0])
         for name, e in header.items()
     ]
     entries.sort(key=lambda entry: entry.offset)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from posthoc_ema.cli.options import (
     Numbers,
@@ -46,6 +47,13 @@ from posthoc_ema.snapshots import SnapshotStore
     "given several times.",
 )
 @click.option(
+    "--slack",
+    type=click.FloatRange(0),
+    metavar="SHARE",
+    help="By how much the predicted error may exceed the least, so that fewer snapshots are read, "
+    "often a third or less; 0 reads and checks all.  [default: 0.005 above 256 MB, else 0]",
+)
+@click.option(
     "--part",
     type=part_type,
     metavar="I/N",
@@ -68,6 +76,7 @@ def reconstruct(
     t: float | None,
     method: str,
     names: tuple[str, ...],
+    slack: float | None,
     part: tuple[int, int] | None,
     like: Path | None,
     overwrite: bool,
@@ -106,6 +115,7 @@ def reconstruct(
             names=names or None,
             part=part,
             like=like,
+            slack=slack,
         )
     except FileExistsError as error:
         raise Misuse(f"{error}, or add --overwrite to replace it") from error
@@ -115,6 +125,10 @@ def reconstruct(
     else:
         header = ("file", "predicted error", "profile error", "L1 norm", "L2 norm")
         click.echo(table(header, [_row(result) for result in results]))
+    counting = np.stack([result.coefficients != 0 for result in results])
+    used, of = int(counting.any(0).sum()), counting.shape[1]
+    if used < of and (counting.sum(1) > 1).any():
+        note(f"Note: {used} of {of} snapshots make up what all would give, within the slack.")
     for remark in results[0].diagnostics["remarks"]:
         note(f"Note: {remark}")
 

@@ -15,7 +15,7 @@ LAYERS = [
     ["conversion", "encoding"],
     ["profiles", "arrays", "tensorfile", "kernels", "importing.region"],
     ["schedule", "movement", "reading", "journal", "profile_text", "importing.foreign"],
-    ["parts", "locking"],
+    ["parts", "locking", "kriging"],
     ["snapshot_file"],
     [
         *("solve", "chain", "consistency", "snapshot_writing", "sinks", "export", "request"),
@@ -25,7 +25,7 @@ LAYERS = [
     ["prediction", "removal"],
     ["reencode", "folder"],
     ["snapshots"],
-    ["importing.pickle_data", "importing.layout"],
+    ["choice", "importing.pickle_data", "importing.layout"],
     ["importing.torch_data"],
     ["importing.state_dict", "importing.edm2"],
     ["importing.checkpoints", "importing.ema_pytorch"],
