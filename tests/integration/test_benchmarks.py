@@ -14,11 +14,13 @@ COMMANDS = {
     "reconstruct_throughput": ["--no-peers", "--case", "float16", "out4gb"],
     "solve_conditioning": ["--repeats", "1"],
     "snapshot_writing": [],
+    "fewer_snapshots": [],
     "model_speed": ["--case", "28x28"],
     "guidance": [],
     "unit_scaling": [],
 }
 ROWS = {
+    "fewer_snapshots": "| float16",
     "solve_conditioning": "| kriging",
     "model_speed": "| reference_model",
     "guidance": "| σ_rel 0.25",

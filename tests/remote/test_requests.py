@@ -97,6 +97,18 @@ def test_stored_averages_among_the_targets_are_not_read_again(run: ObjectStore) 
     assert log.bytes_read - sampled == 2 * TIMES * FILE, "each byte once"
 
 
+def test_snapshots_that_do_not_count_stay_where_they_are(run: ObjectStore) -> None:
+    store = SnapshotStore(run.at("/ema"))
+    store.list()
+    log = run.reset()
+    predict_error(store, 0.01)
+    sampled = log.bytes_read
+    log = run.reset()
+    used = np.count_nonzero(reconstruct(store, 0.01, slack=0.1).coefficients)
+    assert 1 < used < 2 * TIMES
+    assert log.bytes_read - sampled == used * FILE
+
+
 def test_many_lengths_by_pattern_take_no_more_requests(run: ObjectStore) -> None:
     """Each tensor is a sequence of blocks of its own; they are fetched together all the same."""
     many = snapshots(**{f"{kind}{k}": (5000,) for k in range(40) for kind in "ab"})
