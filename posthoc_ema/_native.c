@@ -69,7 +69,7 @@ static uint64_t load_word(const uint8_t *bytes) {
 }
 
 /* XXH3, after its public specification; a test compares it with the library of its author. */
-#define PIECE 65536 /* bytes that a digest has a hash of: encoding.py, Digest.PIECE */
+#define PIECE 65536 /* bytes that a digest has a hash of: digests.py */
 static const uint64_t HASH_START[8] = {
     0x00000000C2B2AE3DU, 0x9E3779B185EBCA87U, 0xC2B2AE3D27D4EB4FU, 0x165667B19E3779F9U,
     0x85EBCA77C2B2AE63U, 0x0000000085EBCA77U, 0x27D4EB2F165667C5U, 0x000000009E3779B1U};

@@ -7,26 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy as copy
 from math import isfinite
-from numbers import Integral
 from typing import Any
 
 from posthoc_ema.encoding import check_encoding
 from posthoc_ema.errors import NonFiniteError, StateError, StructureError
-from posthoc_ema.profiles import Profile, as_profile, profile_from_dict
+from posthoc_ema.profiles import Profile, as_profile
 from posthoc_ema.recording import Moment, Recorder
 from posthoc_ema.schedule import Every, Schedule, update_weight
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
 from posthoc_ema.snapshots import SnapshotStore, as_store
+from posthoc_ema.tracker_state import TrackerState, plain_number
 from posthoc_ema.trackers.base import Selection, Tracker
 from posthoc_ema.trackers.pick import common_run_id, make_tracker
 
-STATE_VERSION = 1
 NONFINITE = ("ignore", "skip", "raise")
-
-_STATE_KEYS = frozenset(
-    {"version", "run_id", "unit", "t", "t_first", "clock", "counts_steps", "skipped"}
-    | {"profiles", "averages"}
-)
 
 
 class EMA:
@@ -335,18 +329,17 @@ class EMA:
             ]
         elif self._pending is not None:
             averages = [{n: copy(v) for n, v in track.items()} for track in self._pending]
-        return {
-            "version": STATE_VERSION,
-            "run_id": self._run_id,
-            "unit": self._unit,
-            "t": self._t,
-            "t_first": self._t_first,
-            "clock": self._clock,
-            "counts_steps": self._counts_steps,
-            "skipped": self.skipped,
-            "profiles": [profile.to_dict() for profile in self._profiles],
-            "averages": averages,
-        }
+        return TrackerState(
+            run_id=self._run_id,
+            unit=self._unit,
+            t=self._t,
+            t_first=self._t_first,
+            clock=self._clock,
+            counts_steps=self._counts_steps,
+            skipped=self.skipped,
+            profiles=self._profiles,
+            averages=averages,
+        ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave, in this or another process.
@@ -357,48 +350,17 @@ class EMA:
         Raises:
             ValueError: If the state is not one of :class:`EMA`, or has other tracks or names.
         """
-        missing = _STATE_KEYS - set(state if isinstance(state, Mapping) else ())
-        if missing:
-            raise ValueError(
-                f"this is no state of EMA.state_dict: it lacks {', '.join(sorted(missing))}. A "
-                "checkpoint from before the EMA was added has none: do not call load_state_dict "
-                "then, and averages begin with the next update"
-            )
-        if state["version"] != STATE_VERSION:
-            raise ValueError(
-                f"state has version {state['version']}, this library reads {STATE_VERSION}; "
-                "upgrade posthoc-ema"
-            )
-        profiles = [profile_from_dict(data) for data in state["profiles"]]
-        if profiles != self._profiles:
-            raise ValueError(
-                f"the state has the tracks {profiles}, this EMA {self._profiles}; make the EMA "
-                "with the same sigma_rel"
-            )
-        if str(state["unit"]) != self._unit:
-            raise ValueError(
-                f"the state counts {state['unit']}, this EMA {self._unit}; make the EMA with "
-                f"unit={str(state['unit'])!r}"
-            )
+        found = TrackerState.of(state)
+        found.check(self._profiles, self._unit)
         # Copies: the state stays the caller's own, whatever becomes of these.
-        averages = [{n: copy(v) for n, v in track.items()} for track in state["averages"]]
-        t = _number(state["t"])
-        if len(averages) not in ({len(profiles)} if t else {0, len(profiles)}):
-            raise ValueError(
-                f"the state at t={t} has averages of {len(averages)} tracks, expected "
-                f"{len(profiles) if t else 0}; it is incomplete"
-            )
-        averages = averages if t else []  # those before the first update mean nothing
+        averages = [{n: copy(v) for n, v in track.items()} for track in found.averages]
         if self._tracker is not None and averages:
             self._load_into(self._tracker, averages)
         else:
             self._tracker, self._pending = None, averages or None
-        # Numbers may come back as arrays of no dimension from numpy files.
-        self._run_id, self._t = str(state["run_id"]), t
-        self._t_first, self._clock = _number(state["t_first"]), _number(state["clock"])
-        counts_steps = state["counts_steps"]
-        self._counts_steps = None if counts_steps is None else bool(counts_steps)
-        self.skipped = int(state["skipped"])
+        self._run_id, self._t = found.run_id, found.t
+        self._t_first, self._clock = found.t_first, found.clock
+        self._counts_steps, self.skipped = found.counts_steps, found.skipped
         if self._recorder is not None:
             self._recorder.resume(self._t)
 
@@ -411,7 +373,7 @@ class EMA:
             )
         if t is None:
             return self._clock + 1, True
-        t = _number(t)
+        t = plain_number(t)
         if not (isfinite(t) and t > self._clock):
             raise ValueError(
                 f"t must increase strictly from update to update: got {t} after {self._clock}"
@@ -468,9 +430,3 @@ class EMA:
     def _require_update(self) -> None:
         if self._t == 0:
             raise StateError("there are no averages yet: call update first")
-
-
-def _number(value: Any) -> float:
-    """A plain int where it is one, so that no image count is rounded, else a float."""
-    value = value.item() if hasattr(value, "item") else value
-    return int(value) if isinstance(value, Integral) else float(value)

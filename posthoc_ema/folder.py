@@ -10,6 +10,7 @@ from posthoc_ema.journal import JOURNAL
 from posthoc_ema.locking import writing
 from posthoc_ema.parts import FOLDER as PARTS
 from posthoc_ema.places import Place, RemotePath, looked_at
+from posthoc_ema.profiles import PowerFunction, Profile
 from posthoc_ema.reading import for_each
 from posthoc_ema.removal import current
 from posthoc_ema.snapshot_file import RunIdentity, Snapshot
@@ -121,3 +122,11 @@ def foreign(snapshot: Snapshot, run: RunIdentity) -> ForeignSnapshotError:
         "EMA.load_state_dict before the first update; for a new run, give another "
         "folder; if several processes train one model, give snapshots= to one of them"
     )
+
+
+def stem(t: float, profile: Profile) -> str:
+    """File name for people; programs read the metadata. Different snapshots, different names."""
+    time = f"{t:012d}" if isinstance(t, int) else repr(t)
+    if isinstance(profile, PowerFunction):
+        return f"t={time}_sigma_rel={profile.sigma_rel!r}"
+    return f"t={time}_" + "_".join(f"{key}={value}" for key, value in profile.to_dict().items())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema import native
-from posthoc_ema.encoding import Digest, decode_into, stored_size
+from posthoc_ema.digests import Digest
+from posthoc_ema.encoding import decode_into, stored_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,7 +85,7 @@ def combine_files(
         coefficients: ``[k, g]`` float32.
         out: As there.
         buffer: Gives memory of so many bytes.
-        hashed: Hash what is read, too: whole pieces of a :class:`~posthoc_ema.encoding.Digest`.
+        hashed: Hash what is read, too: whole pieces of a :class:`~posthoc_ema.digests.Digest`.
 
     Returns:
         ``[g, pieces]`` hashes, empty if there are to be none; None if a file could not be read.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from typing import Any
 
+from posthoc_ema.digests import bytes_digest
 from posthoc_ema.draft import write_text_atomically
-from posthoc_ema.encoding import bytes_digest
 from posthoc_ema.errors import CorruptSnapshotError
 from posthoc_ema.places import Place
 from posthoc_ema.sinks import index_path, index_text, shard_path

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from posthoc_ema.boxes import Box
+from posthoc_ema.digests import Digest
 from posthoc_ema.draft import sync_directory
-from posthoc_ema.encoding import ENCODINGS, Digest, alignment, check_encoding
+from posthoc_ema.encoding import ENCODINGS, alignment, check_encoding
 from posthoc_ema.errors import SnapshotWriteError, StructureError
 from posthoc_ema.parts import FOLDER, Part, covers
 from posthoc_ema.places import Place, looked_at

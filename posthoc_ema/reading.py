@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 
 from posthoc_ema.ahead import ReadAhead, at_once
-from posthoc_ema.encoding import Digest
+from posthoc_ema.digests import Digest
 from posthoc_ema.errors import CorruptSnapshotError, SnapshotError
 from posthoc_ema.places import Place, RemotePath
 from posthoc_ema.tensorfile import TensorEntry, read_range

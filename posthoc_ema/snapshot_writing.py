@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.blocks import BLOCK
+from posthoc_ema.digests import Digest
 from posthoc_ema.encoding import (
     ENCODINGS,
-    Digest,
     Terms,
     alignment,
     block_bits,

@@ -9,17 +9,18 @@ from typing import Any
 
 from posthoc_ema.chain import with_inputs
 from posthoc_ema.consistency import check_one_run
+from posthoc_ema.deletion import delete
 from posthoc_ema.draft import sync_directory
 from posthoc_ema.errors import ForeignSnapshotError, SnapshotError
-from posthoc_ema.folder import Folder, foreign, seen, taken
-from posthoc_ema.journal import REWRITTEN, exchange
+from posthoc_ema.folder import Folder, foreign, seen, stem, taken
+from posthoc_ema.journal import exchange
 from posthoc_ema.locking import translated, writing
 from posthoc_ema.parts import FOLDER as PARTS
 from posthoc_ema.parts_writing import WrittenPart, part_name, write_index, write_part
 from posthoc_ema.places import Place, RemotePath, as_place, looked_at
 from posthoc_ema.prediction import Memory, refinement_path, write_predicted
-from posthoc_ema.profiles import PowerFunction, Profile
-from posthoc_ema.reencode import dependants, write_again
+from posthoc_ema.profiles import Profile
+from posthoc_ema.reencode import write_again
 from posthoc_ema.removal import current, removal_order, set_aside
 from posthoc_ema.snapshot_file import (
     AverageSource,
@@ -223,7 +224,7 @@ class SnapshotStore:
 
         Args and errors: as :func:`posthoc_ema.parts_writing.write_part`.
         """
-        path = self.path / PARTS / part_name(_stem(t, profile), number, of)
+        path = self.path / PARTS / part_name(stem(t, profile), number, of)
         with translated(self.path):
             return write_part(path, run, t, profile, averages, copies, encoding, sizes)
 
@@ -254,7 +255,7 @@ class SnapshotStore:
 
     def _new_place(self, run: RunIdentity, t: float, profile: Profile) -> tuple[Place, Snapshots]:
         """Where a snapshot goes, and those that are there."""
-        path = self.path / f"{_stem(t, profile)}{SUFFIX}"
+        path = self.path / f"{stem(t, profile)}{SUFFIX}"
         earlier = current(self._folder.own(run))
         for s in earlier:
             if s.path == path or (s.t, s.profile) == (t, profile):
@@ -321,75 +322,8 @@ class SnapshotStore:
             SnapshotError: If one is not of this store, or another is damaged.
             SnapshotWriteError: If files cannot be written or deleted.
         """
-        going = {snapshot.path for snapshot in snapshots}
-        for path in going:
-            if path.parent != self.path:
-                raise SnapshotError(f"{path} is not in {self.path}")
-        before = self._folder.nbytes()
-        with writing(self.path):
-            present = self._folder.everything()[0]
-            for snapshot in present:
-                pair = {snapshot.path, (snapshot.base or snapshot).path}
-                going |= pair if pair & going else set()
-            # Else one that was written once more would come back as it was before.
-            names = {(s.run.run_id, s.t, s.profile): s.rewrites for s in present if s.path in going}
-            going |= {
-                s.path
-                for s in present
-                if names.get((s.run.run_id, s.t, s.profile), s.rewrites) != s.rewrites
-            }
-            kept = current([s for s in present if s.path not in going])
-            again = dependants(kept, [s for s in present if s.path in going])
-            rewritten = {s.path for s in again}
-            others = [s for s in kept if s.path not in rewritten]
-            new = self._write_again(again, others, present, progress) if again else set()
-            stay = {s.path for s in with_inputs(others)}
-            gone = [
-                path
-                for path in removal_order([s for s in present if s.path not in stay])
-                if path.name not in new
-            ]
-            self._memory.clear()
-            if isinstance(self.path, RemotePath):
-                for path in gone:
-                    path.unlink(missing_ok=True)
-            else:
-                exchange(self.path, [str(p.relative_to(self.path)) for p in gone], sorted(new))
-        return before - self._folder.nbytes()
-
-    def _write_again(
-        self,
-        again: Snapshots,
-        others: Snapshots,
-        present: Snapshots,
-        progress: Callable[[int], object],
-    ) -> set[str]:
-        """New files, in a hidden folder or under names of their own; these names."""
-        remote = isinstance(self.path, RemotePath)
-        folder = self.path if remote else self.path / REWRITTEN
-        folder.mkdir(exist_ok=True)
-        memory, written = Memory(), set[str]()
-        refined = {s.base.path for s in again if s.base is not None}  # their averages are coarser
-        for snapshot in (s for s in again if s.path not in refined):
-            new = self._folder.named(looked_at(folder), written, others)
-            earlier = sorted([*others, *new], key=lambda s: s.t)
-            t, profile = snapshot.t, snapshot.profile
-            number = 1 + max(s.rewrites for s in present if (s.t, s.profile) == (t, profile))
-            path = folder / (snapshot.base or snapshot).path.name
-            if remote:
-                path = folder / f"{_stem(t, profile)}.rewritten-{number}{SUFFIX}"
-            write_again(
-                snapshot,
-                path,
-                snapshot.encoding,
-                [s for s in earlier if s.t <= snapshot.t],
-                memory,
-                snapshot.refines,
-                number,
-                progress,
-            )
-            written |= {p.name for p in (path, refinement_path(path)) if p.exists()}
-        return written
+        self._memory.clear()
+        return delete(self._folder, snapshots, progress)
 
     def _drop_refinements(self, snapshots: Iterable[Snapshot]) -> None:
         """Newer snapshots are on disk: of these the coarser files will do."""
@@ -429,11 +363,3 @@ def _alone(path: Place) -> Iterator[None]:
 def as_store(snapshots: str | os.PathLike[str] | Place | SnapshotStore) -> SnapshotStore:
     """A store as it is, or that of a folder."""
     return snapshots if isinstance(snapshots, SnapshotStore) else SnapshotStore(snapshots)
-
-
-def _stem(t: float, profile: Profile) -> str:
-    """File name for people; programs read the metadata. Different snapshots, different names."""
-    time = f"{t:012d}" if isinstance(t, int) else repr(t)
-    if isinstance(profile, PowerFunction):
-        return f"t={time}_sigma_rel={profile.sigma_rel!r}"
-    return f"t={time}_" + "_".join(f"{key}={value}" for key, value in profile.to_dict().items())

@@ -19,7 +19,8 @@ import numpy as np
 from posthoc_ema import native
 from posthoc_ema.blocks import BLOCK
 from posthoc_ema.chain import is_residual, stored_coefficients, with_inputs
-from posthoc_ema.encoding import Digest, block_bits, decode_into, stored_size
+from posthoc_ema.digests import Digest
+from posthoc_ema.encoding import block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError, SnapshotError
 from posthoc_ema.kernels import combine, combine_files, finish
 from posthoc_ema.places import RemotePath

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from posthoc_ema.blocks import BLOCK, block_bytes
+from posthoc_ema.digests import bytes_digest
 from posthoc_ema.draft import Draft
-from posthoc_ema.encoding import ITEM_SIZE, block_bits, bytes_digest, stored_size
+from posthoc_ema.encoding import ITEM_SIZE, block_bits, stored_size
 from posthoc_ema.errors import CorruptSnapshotError
 from posthoc_ema.places import Place, RemotePath
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posthoc_ema.digests import Digest
 from posthoc_ema.draft import write_text_atomically
 from posthoc_ema.encoding import (
-    Digest,
     all_finite,
     as_numpy,
     check_encoding,

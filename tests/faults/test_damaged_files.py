@@ -19,7 +19,7 @@ from posthoc_ema import (
     predict_error,
     reconstruct,
 )
-from posthoc_ema.encoding import Digest
+from posthoc_ema.digests import Digest
 from posthoc_ema.sinks import MemorySink
 from tests.faults.tools import (
     damage,

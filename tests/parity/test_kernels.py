@@ -15,7 +15,8 @@ import xxhash
 
 from posthoc_ema import EMA, native, reconstruct
 from posthoc_ema.blocks import BITS
-from posthoc_ema.encoding import Digest, decode_into, encode, measure, stored_size
+from posthoc_ema.digests import Digest
+from posthoc_ema.encoding import decode_into, encode, measure, stored_size
 from posthoc_ema.kernels import combine, combine_files, finish
 from tests.parity.runs import record
 
