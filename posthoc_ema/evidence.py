@@ -14,6 +14,7 @@ from posthoc_ema.chain import is_residual, with_inputs
 from posthoc_ema.encoding import all_finite, block_bits, decode_into, stored_size
 from posthoc_ema.errors import NonFiniteError
 from posthoc_ema.kernels import read_pieces
+from posthoc_ema.memory import fresh
 from posthoc_ema.movement import Movement, fit_movement, informative
 from posthoc_ema.reading import OpenFile, Reader, check_unreplaced, for_each
 from posthoc_ema.snapshot_file import Snapshot
@@ -86,7 +87,8 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
         noise = np.full(len(snapshots), _ROUNDING["F32"] * mean_square)
         return Evidence(movement, noise, 0.0, mean_square, (remark,))
 
-    sample = np.compress(moves, sample, axis=1)  # by rows in memory, unlike sample[:, moves]
+    if not moves.all():
+        sample = np.compress(moves, sample, axis=1)  # by rows in memory, unlike sample[:, moves]
     weights = weights[moves] / weights[moves].sum()
     remarks = []
     if sample.shape[1] < _MIN_SAMPLE:
@@ -183,7 +185,7 @@ def sample_weights(
 
     count = sum(length for _, _, length in pieces)
     files = with_inputs(snapshots)
-    out = np.empty((len(files), count), np.float64 if double else np.float32)
+    out = fresh((len(files), count), np.float64 if double else np.float32)
     row_of = {snapshot.digests["header"]: row for row, snapshot in enumerate(files)}
     read = list(zip(out, files, strict=True))
     for _ in for_each(lambda item: _read_pieces(item[1], pieces, item[0]), read, files[0].path):
@@ -198,7 +200,9 @@ def sample_weights(
             for factor, other in snapshot.inputs:
                 row += out.dtype.type(factor) * out[row_of[other.digests["header"]]] * residual
     rows = [row_of[snapshot.digests["header"]] for snapshot in snapshots]
-    return out[rows], np.concatenate([*stands_for, np.empty(0)])
+    if rows != list(range(len(out))):
+        out = out[rows]
+    return out, np.concatenate([*stands_for, np.empty(0)])
 
 
 def _read_pieces(

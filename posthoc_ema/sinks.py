@@ -12,6 +12,7 @@ import numpy as np
 
 from posthoc_ema.draft import write_text_atomically
 from posthoc_ema.encoding import ITEM_SIZE
+from posthoc_ema.memory import fresh
 from posthoc_ema.places import Place
 from posthoc_ema.snapshot_file import CopySource
 from posthoc_ema.tensorfile import TensorEntry, TensorFileWriter
@@ -35,7 +36,7 @@ class MemorySink:
         """Allocate a run as one array for each target; tensors are views of it."""
         dtype = np.float64 if outputs[0].dtype == "F64" else np.float32
         total = sum(entry.count for entry in outputs)
-        self._flat = [np.empty(total, dtype) for _ in self.arrays]
+        self._flat = [fresh((total,), dtype) for _ in self.arrays]
         for flat, arrays in zip(self._flat, self.arrays, strict=True):
             done = 0
             for entry in outputs:
