@@ -55,6 +55,7 @@ bench: $(STAMP) ## Run all benchmarks (a quiet machine, three quarters of an hou
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.solve_conditioning
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.model_speed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reconstruct_accuracy --dir $(BENCH_DIR)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fewer_snapshots --dir $(BENCH_DIR)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peer_synthesis --dir $(BENCH_DIR)
 	$(BIN)/python -m benchmarks.guidance --dir $(BENCH_DIR)/guidance
 
