@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 
+import numpy as np
+
+from posthoc_ema.chain import with_inputs
 from posthoc_ema.evidence import Evidence
 from posthoc_ema.profiles import Profile
 from posthoc_ema.snapshot_file import Snapshot
@@ -61,12 +66,38 @@ def solve_for(
     evidence: Evidence,
     slack: float = 0.0,
 ) -> Solution:
-    """Coefficients of averages at ``t``, ``[profiles, snapshots]``."""
-    return solve(
+    """Coefficients of averages at ``t``, ``[profiles, snapshots]``.
+
+    Slack is taken where it spares a file: differences need those before them.
+    """
+    solved = partial(
+        solve,
         [(s.t, s.profile) for s in snapshots],
         [(t, profile) for profile in profiles],
         method=method,
         movement=evidence.movement,
         noise=evidence.noise,
-        slack=slack,
+    )
+    found = solved(slack=slack)
+    if not slack:
+        return found
+    everything = len(with_inputs(snapshots))
+    spares = np.array(
+        [
+            len(with_inputs(s for s, x in zip(snapshots, row, strict=True) if x)) < everything
+            for row in found.coefficients
+        ]
+    )
+    if spares.all():
+        return found
+    best = solved()
+    return Solution(
+        **{
+            part.name: np.where(
+                spares[:, None] if part.name == "coefficients" else spares,
+                getattr(found, part.name),
+                getattr(best, part.name),
+            )
+            for part in fields(Solution)
+        }
     )

@@ -74,12 +74,12 @@ def gather_evidence(snapshots: Sequence[Snapshot], seed: int = 0) -> Evidence:
     sampled = [snapshots[int(i)] for i in chosen]
     sample, weights = sample_weights(sampled, seed)
     _check_sizes(sampled, sample)
-    if len(snapshots) < 2 or not len(weights):
+    if len(snapshots) < 2:
         remark = "one snapshot: the movement of the weights is unknown, no error is predicted"
         unknown = Movement.constant(t_last, np.nan)
         return Evidence(unknown, np.zeros(len(snapshots)), 1.0, mean_square, (remark,))
     moves = (sample != sample[0]).any(axis=0)
-    share = float(weights[moves].sum() / weights.sum())
+    share = float(weights[moves].sum() / max(weights.sum(), 1))
     if not moves.any():
         # Any coefficients that sum to one are right, if this is so; choose them as if not.
         remark = "the sampled weights are the same in all snapshots: no error is expected"

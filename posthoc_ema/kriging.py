@@ -88,6 +88,8 @@ class Kriging:
             ``[k, n]``; each target's are what they would be without the others.
         """
         least = self.expected_square(x)
+        if not np.isfinite(least).all():  # nothing is known of the movement
+            return x
         limits = least * (1 + slack) ** 2
         columns, goals = self._reduced
         found = np.stack(

@@ -200,8 +200,10 @@ class _Reader:
         """One block of the results."""
         start, stop = block
         count, dtype = stop - start, run.coefficients.dtype
-        base = np.zeros(count, dtype)
-        if run.reference is not None:
+        base = self._buffer("base", count * dtype.itemsize).view(dtype)
+        if run.reference is None:
+            base.fill(0)
+        else:
             stored = self._read(run, [run.reference], start, count)
             decode_into(stored[0], run.dtypes[run.reference], base)
         total = self._buffer("total", len(run.coefficients) * count * 8).view(np.float64)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from posthoc_ema import (
+    EMA,
     CorruptSnapshotError,
     Snapshot,
     SnapshotStore,
@@ -112,6 +113,22 @@ def test_whatever_the_encoding(tmp_path: Path, options: Any) -> None:
         np.testing.assert_allclose(
             near.params[name], values, atol=6 * exact.predicted_error * np.abs(values).max()
         )
+
+
+def test_slack_is_taken_where_it_spares_a_file(tmp_path: Path) -> None:
+    """Of differences the last one needs all before it, so that leaving one out gains nothing."""
+    folder = write_run(tmp_path / "ema", every=40, encoding="delta8")
+    assert np.count_nonzero(reconstruct(folder, 0.07, slack=SLACK).coefficients) == 16
+    folder = write_run(tmp_path / "whole", every=40, encoding="float16")
+    assert np.count_nonzero(reconstruct(folder, 0.07, slack=SLACK).coefficients) < 16, "the twin"
+
+
+def test_nothing_is_left_out_where_nothing_is_known(tmp_path: Path) -> None:
+    """Without weights there is no movement to judge by."""
+    ema = EMA(snapshots=tmp_path, every=1)
+    for step in range(3):
+        ema.update({"w": np.zeros((0, 3), np.float32), "step": np.array(step)})
+    assert reconstruct(tmp_path, 0.07, slack=SLACK).params["w"].shape == (0, 3)
 
 
 def test_lengths_for_patterns_and_parts(made: Path, tmp_path: Path) -> None:
