@@ -141,9 +141,18 @@ def work(task: dict[str, Any]) -> None:
     sys.stdin.readline()
     start = time.perf_counter()
     result = call()
-    _tell({"seconds": time.perf_counter() - start})
+    _tell({"seconds": time.perf_counter() - start, "snapshots_used": _used(result)})
     sys.stdin.readline()  # memory is still being looked at
     del result
+
+
+def _used(result: Any) -> int | None:
+    """How many snapshots have a coefficient in one of our results."""
+    listed = result if isinstance(result, list) else [result]
+    coefficients = [getattr(r, "coefficients", None) for r in listed]
+    if any(x is None for x in coefficients):
+        return None
+    return int((np.stack(coefficients) != 0).any(axis=0).sum())
 
 
 def _tell(message: dict[str, Any]) -> None:
@@ -267,7 +276,7 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]], bars: bool
     rows = []
     for key, result in results.items():
         if not result["measured"]:
-            rows.append([key, "not installed", "", "", ""])
+            rows.append([key, "not installed", "", "", "", ""])
             continue
         rows.append(
             [
@@ -276,11 +285,12 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]], bars: bool
                 f"{result['seconds'] / reading:.2f}",
                 f"{result['above_outputs_bytes'] / harness.MB:.0f}",
                 f"{result['total_bytes'] / harness.MB:.0f}",
+                result["measured"][-1].get("snapshots_used") or "",
             ]
         )
     run = case.run
     lines = [f"\n{name}: {run.times} times × 2 tracks × {run.parameters:,} weights\n"]
-    head = ["contender", "s", "× reading", "MB above outputs", "MB in all"]
+    head = ["contender", "s", "× reading", "MB above outputs", "MB in all", "snapshots used"]
     lines.append(harness.table(head, rows))
     if not bars:
         return "\n".join(lines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from threading import local
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +32,7 @@ from posthoc_ema.workers import Workers
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_BLOCK_BYTES = 8 * Digest.PIECE  # read of each file at once
+_BLOCK_BYTES = 16 * Digest.PIECE  # read of each file at once
 _TOGETHER = 8  # files whose blocks are read before they are combined: they stay in the cache
 _RESULTS = 1 << 19  # elements of all targets that a block may have
 _KEPT_OPEN = 128  # files: systems allow so many; others are opened block by block
@@ -80,7 +80,7 @@ class _Run:
     offsets: Sequence[int]  # of its first byte in each file
     sections: Sequence[int]  # the same, counted within all averages of the file
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of elements."""
         return sum(entry.count for entry in self.outputs)
@@ -318,7 +318,9 @@ def _runs(
 ) -> list[_Run]:
     """Cut the sequence of tensors where types, places or coefficients change."""
     group_of = {name: k for k, group in enumerate(groups) for name in group.names}
-    entries = [[snapshot.entries[name] for snapshot in used] for name in order]
+    # Most files of a run have the same tensors in the same places: one of each kind tells.
+    layouts = {tuple(id(s.entries[name]) for name in order): s for s in used}.values()
+    entries = [[snapshot.entries[name] for snapshot in layouts] for name in order]
     outputs = [
         TensorEntry(name, "F64" if all(e.dtype == "F64" for e in row) else "F32", row[0].shape)
         for name, row in zip(order, entries, strict=True)

@@ -65,6 +65,12 @@ class TensorEntry:
         """Number of bytes."""
         return stored_size(self.dtype, self.count)
 
+    @cached_property
+    def described(self) -> tuple[object, ...]:
+        """What the digest of a header says of it."""
+        stored = self.stored()
+        return (self.name, stored.dtype, *stored.shape)
+
     def stored(self) -> TensorEntry:
         """As safetensors knows it: of block types, the bytes."""
         bits = block_bits(self.dtype)
@@ -268,7 +274,7 @@ class TensorFileWriter:
 def header_digest(metadata: Mapping[str, Any], entries: Iterable[TensorEntry]) -> str:
     """Digest of all metadata but itself, and of the table of tensors."""
     digest = {key: value for key, value in metadata["digest"].items() if key != "header"}
-    table = [[e.name, e.stored().dtype, *e.stored().shape] for e in entries]
+    table = [entry.described for entry in entries]
     text = canonical_json([{**metadata, "digest": digest}, table])
     return bytes_digest(text.encode())
 
