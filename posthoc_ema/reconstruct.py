@@ -134,8 +134,8 @@ def reconstruct(
         progress: Show a progress bar; by default if standard error is a terminal.
         overwrite: Whether ``out`` may replace files that are there, which happens at the end and
             at once; else they are an error before anything is read.
-        verify: Compare the digests of all files on the way. Without, a pass takes about two
-            thirds of the time, and damaged files give wrong weights.
+        verify: Compare the digests of all files that are read. Without, a pass is a little
+            faster, and damaged files give wrong weights.
         part: ``(i, n)``: the i-th of n parts, from 1 on, of about equal size, for as many
             processes or machines; needs ``out``. Each writes a file, and
             the last to end the index that makes them one result. Snapshots are then read
