@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-# Before numpy is loaded: sums are rounded in the same order everywhere, and two processes on two
-# cores do not wait for each other's threads.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 from hypothesis import HealthCheck, settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -64,6 +65,9 @@ def test_encodings(row: list[str]) -> None:
     assert_shown(worst, made.worst_error)
 
 
+@pytest.mark.skipif(
+    os.environ.get("OMP_NUM_THREADS") != "1", reason="they are those of one thread: `make test`"
+)
 def test_single_numbers_of_the_text() -> None:
     text = re.sub(r"\s+", " ", PAGE.read_text(encoding="utf-8"))
     default = planned(32, tracks=(0.05, 0.1))
