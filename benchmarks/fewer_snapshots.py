@@ -13,12 +13,10 @@ The folder keeps what was recorded while training (1 GB), so that a second call 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.reconstruct_accuracy import UNSTORED, relative_error
-from benchmarks.trajectories import TARGETS, Recording
+from benchmarks.trajectories import TARGETS, Recording, of_each_run
 from posthoc_ema import SnapshotStore, reconstruct
 from posthoc_ema.chain import with_inputs
 from posthoc_ema.choice import SLACK
@@ -85,10 +83,7 @@ def _choices(name: str, recording: Recording, store: SnapshotStore) -> list[Choi
     found = []
     for sigma_rel, a, b in zip(UNSTORED, every, fewer, strict=True):
         true = recording.true[-1, TARGETS.index(sigma_rel)]
-        errors = [
-            relative_error(np.concatenate([r.params[n].ravel() for n in recording.shapes]), true)
-            for r in (a, b)
-        ]
+        errors = [relative_error(recording.join(r.params), true) for r in (a, b)]
         used = [s for s, x in zip(snapshots, b.coefficients, strict=True) if x]
         found.append(
             Choice(
@@ -138,16 +133,10 @@ def main() -> None:
     arguments = parser.parse_args()
     started = harness.machine()
     runs, numbers = (list(RUNS)[:2], TIMES[:1]) if arguments.quick else (list(RUNS), TIMES)
-    with tempfile.TemporaryDirectory() as scratch:
-        one = partial(
-            measure_run,
-            folder=arguments.dir or Path(scratch),
-            numbers=numbers,
-            steps=64 if arguments.quick else None,
-        )
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(arguments.workers, context) as pool:
-            choices = [c for of_run in pool.map(one, runs) for c in of_run]
+    steps = 64 if arguments.quick else None
+    one = partial(measure_run, numbers=numbers)
+    measured = of_each_run(one, runs, arguments.dir, steps, arguments.workers)
+    choices = [c for of_run in measured for c in of_run]
     print(report(choices))
     if not arguments.quick:
         record = {

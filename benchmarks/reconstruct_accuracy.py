@@ -14,12 +14,10 @@ The folder keeps what was recorded while training (1 GB), so that a second call 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import harness
-from benchmarks.trajectories import TARGETS, TRACKS, Recording
+from benchmarks.trajectories import TARGETS, TRACKS, Recording, of_each_run
 from posthoc_ema import SnapshotStore, reconstruct
 from posthoc_ema.encoding import ENCODINGS
 
@@ -444,17 +442,9 @@ def main() -> None:
     # What everything is compared with is always measured.
     encodings = list(dict.fromkeys([*arguments.encodings, REFERENCE]))
 
-    with tempfile.TemporaryDirectory() as scratch:
-        one = partial(
-            measure_run,
-            folder=arguments.dir or Path(scratch),
-            numbers=numbers,
-            encodings=encodings,
-            steps=64 if arguments.quick else None,
-        )
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(arguments.workers, context) as pool:
-            measured = list(pool.map(one, runs))
+    one = partial(measure_run, numbers=numbers, encodings=encodings)
+    steps = 64 if arguments.quick else None
+    measured = of_each_run(one, runs, arguments.dir, steps, arguments.workers)
     curves = [c for of_run, _ in measured for c in of_run]
     effects = [e for _, of_run in measured for e in of_run]
 

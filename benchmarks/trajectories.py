@@ -7,9 +7,15 @@ one time in between. A snapshot store of any number of times and any encoding is
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +23,8 @@ from numpy.typing import NDArray
 from benchmarks.training_runs import TrainingRun, flat_weights
 from posthoc_ema import PowerFunction, SnapshotStore
 from posthoc_ema.snapshots import AverageSource, RunIdentity
+
+T = TypeVar("T")
 
 TRACKS = (0.05, 0.10)
 TARGETS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.10, 0.13, 0.16, 0.20, 0.25)
@@ -105,6 +113,10 @@ class Recording:
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
         }
 
+    def join(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+        """Tensors by name as a vector of all weights."""
+        return np.concatenate([tensors[name].ravel() for name in self.shapes], dtype=np.float64)
+
     def write(self, folder: Path, number: int, encoding: str) -> SnapshotStore:
         """Write snapshots at ``number`` evenly spaced times, in order, as a run would have."""
         store = SnapshotStore(folder)
@@ -142,3 +154,26 @@ def record(run: TrainingRun) -> Recording:
             true.append(averages.values())
     shapes = {name: tuple(p.shape) for name, p in task.model.named_parameters()}
     return Recording(shapes, times, np.stack(tracks), ends, np.stack(true))
+
+
+def of_each_run(
+    measure: Callable[..., T],
+    names: Sequence[str],
+    folder: Path | None,
+    steps: int | None,
+    workers: int | None,
+) -> list[T]:
+    """What a function finds of each training run, in several processes.
+
+    Args:
+        measure: Takes a name of ``training_runs.RUNS``, and ``folder=`` and ``steps=``.
+        names: Of the runs.
+        folder: Where recordings are kept; None for one that is deleted.
+        steps: Fewer than the runs have, to see that it works.
+        workers: Number of processes.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        one = partial(measure, folder=folder or Path(scratch), steps=steps)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context) as pool:
+            return list(pool.map(one, names))

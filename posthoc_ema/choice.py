@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
-import numpy as np
-
 from posthoc_ema.chain import with_inputs
 from posthoc_ema.evidence import Evidence
 from posthoc_ema.profiles import Profile
@@ -82,22 +80,13 @@ def solve_for(
     if not slack:
         return found
     everything = len(with_inputs(snapshots))
-    spares = np.array(
-        [
-            len(with_inputs(s for s, x in zip(snapshots, row, strict=True) if x)) < everything
-            for row in found.coefficients
-        ]
-    )
-    if spares.all():
-        return found
-    best = solved()
-    return Solution(
-        **{
-            part.name: np.where(
-                spares[:, None] if part.name == "coefficients" else spares,
-                getattr(found, part.name),
-                getattr(best, part.name),
-            )
-            for part in fields(Solution)
-        }
-    )
+    wasted = [
+        not row.all()
+        and len(with_inputs(s for s, x in zip(snapshots, row, strict=True) if x)) == everything
+        for row in found.coefficients
+    ]
+    if any(wasted):
+        best = solved()
+        for part in fields(Solution):
+            getattr(found, part.name)[wasted] = getattr(best, part.name)[wasted]
+    return found

@@ -69,6 +69,7 @@ def forecast(
     *,
     t: float | None = None,
     method: str = "kriging",
+    slack: float | None = 0.0,
 ) -> Forecast:
     """Solve for reconstructions without carrying them out: a small sample is read.
 
@@ -77,6 +78,7 @@ def forecast(
         targets: Profiles, or numbers as σ_rel.
         t: Time of the averages; default: the last snapshot's.
         method: ``"kriging"`` or ``"paper"``, see :func:`posthoc_ema.solve`.
+        slack: As in :func:`posthoc_ema.reconstruct`, but that by default all snapshots count.
 
     Raises:
         SnapshotError: If the folder holds anything but intact snapshots of one run.
@@ -85,7 +87,8 @@ def forecast(
     store = as_store(snapshots)
     usable, t = select_snapshots(store, t)
     profiles = [as_profile(target) for target in targets]
-    return _solved(usable, t, profiles, method, gather_evidence(usable))
+    slack = select_slack(slack, usable, method)
+    return _solved(usable, t, profiles, method, gather_evidence(usable), slack)
 
 
 def predict_error(
@@ -109,13 +112,9 @@ def predict_error(
         Expected RMS error relative to the RMS of the weights: a float, or ``[k]`` float64 for a
         sequence. NaN where a single snapshot cannot tell.
     """
-    usable, t = select_snapshots(snapshots, t)
-    slack = select_slack(slack, usable, method)
     several = np.ndim(sigma_rel) > 0
     listed: Any = sigma_rel if several else [sigma_rel]
-    evidence = gather_evidence(usable)
-    solution = solve_for(usable, t, [as_profile(s) for s in listed], method, evidence, slack)
-    errors = evidence.relative_error(solution.expected_square)
+    errors = forecast(snapshots, listed, t=t, method=method, slack=slack).predicted_error
     return errors if several else float(errors[0])
 
 
@@ -125,6 +124,7 @@ def _solved(
     profiles: Sequence[Profile],
     method: str,
     evidence: Evidence,
+    slack: float = 0.0,
 ) -> Forecast:
-    solution = solve_for(snapshots, t, profiles, method, evidence)
+    solution = solve_for(snapshots, t, profiles, method, evidence, slack)
     return Forecast(snapshots, t, profiles, method, solution, evidence)

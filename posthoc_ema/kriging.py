@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,20 +38,37 @@ class Kriging:
         whitened = movement.whiten(nodes, weights, survival)
         self.rows, self.goal = whitened[:, : len(inputs)], whitened[:, len(inputs) :]
         self.noise = noise
-        # The whole problem in as many rows as inputs and targets: min |columns·x - goal|².
-        self._reduced = (np.zeros((0, len(inputs))), np.zeros((0, len(targets))))
 
     def coefficients(self) -> tuple[NDArray[np.float64], float]:
         """``[k, n]`` for all targets, and the condition number of the system."""
-        rows, goal, sigma = self.rows, self.goal, np.sqrt(self.noise)
-        n = rows.shape[1]
-        # Σx = 1 by elimination: x = e_j + Σ z_i (e_i - e_j), with j the best single input.
-        j = int(np.argmin(((rows - goal[:, :1]) ** 2).sum(0) + self.noise))
-        others = np.delete(np.arange(n), j)
-        x = np.zeros((goal.shape[1], n))
+        x = np.zeros((self.goal.shape[1], self.rows.shape[1]))
+        j, others, scale, triangle = self._reduced
         x[:, j] = 1
         if not len(others):
             return x, 1.0
+        m = len(others)
+        z, condition = _solve_triangle(triangle[:m, :m], triangle[:m, m:])
+        z /= scale[:, None]
+        x[:, others] = z.T
+        x[:, j] -= z.sum(0)
+        return x, condition
+
+    @cached_property
+    def _reduced(
+        self,
+    ) -> tuple[int, NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
+        """The problem without its constraint, in as many rows as inputs and targets.
+
+        Σx = 1 by elimination: x = e_j + Σ z_i (e_i - e_j), with j the best single input.
+
+        Returns:
+            j; the other inputs; the scale of their columns; and the R of those columns, over their
+            scale, beside the targets.
+        """
+        rows, goal, sigma = self.rows, self.goal, np.sqrt(self.noise)
+        n = rows.shape[1]
+        j = int(np.argmin(((rows - goal[:, :1]) ** 2).sum(0) + self.noise))
+        others = np.delete(np.arange(n), j)
         # With a thousand inputs each copy counts: arrays filled in place, and one factorisation
         # after the other, of the profiles and then of the noise below what remains of them.
         right = goal.shape[1]
@@ -68,14 +86,7 @@ class Kriging:
         below[-1, : n - 1] = -sigma[j] / scale
         below[-1, n - 1 :] = -sigma[j]
         triangle = np.asarray(np.linalg.qr(np.concatenate([system, below]), mode="r"))
-        columns = np.zeros((len(triangle), n))
-        columns[:, others] = triangle[:, : n - 1] * scale
-        self._reduced = columns, triangle[:, n - 1 :]
-        z, condition = _solve_triangle(triangle[: n - 1, : n - 1], triangle[: n - 1, n - 1 :])
-        z /= scale[:, None]
-        x[:, others] = z.T
-        x[:, j] -= z.sum(0)
-        return x, condition
+        return j, others, scale, triangle
 
     def sparser(self, x: NDArray[np.float64], slack: float) -> NDArray[np.float64]:
         """Coefficients of fewer inputs, the others exactly 0.
@@ -91,7 +102,10 @@ class Kriging:
         if not np.isfinite(least).all():  # nothing is known of the movement
             return x
         limits = least * (1 + slack) ** 2
-        columns, goals = self._reduced
+        _, others, scale, triangle = self._reduced
+        columns = np.zeros((len(triangle), x.shape[1]))
+        columns[:, others] = triangle[:, : len(others)] * scale
+        goals = triangle[:, len(others) :]
         found = np.stack(
             [
                 row if np.count_nonzero(row) == 1 else _sparser(columns, goal, row, *bounds)

@@ -85,28 +85,29 @@ def test_a_pass_takes_few_requests_and_many_at_a_time(run: ObjectStore) -> None:
     assert seconds < 0.25 * LATENCY * len(log.requests)
 
 
-def test_stored_averages_among_the_targets_are_not_read_again(run: ObjectStore) -> None:
-    """Those of the last time come back bit for bit, out of the same pass."""
+def beyond_the_sample(run: ObjectStore, sigma_rel: Any, **options: Any) -> tuple[Any, int]:
+    """A reconstruction, and the bytes read for it beside the sample that estimates rest on."""
     store = SnapshotStore(run.at("/ema"))
     store.list()
     log = run.reset()
-    predict_error(store, 0.07)
+    predict_error(store, sigma_rel)
     sampled = log.bytes_read
     log = run.reset()
-    reconstruct(store, [0.05, 0.07, 0.1])
-    assert log.bytes_read - sampled == 2 * TIMES * FILE, "each byte once"
+    result = reconstruct(store, sigma_rel, **options)
+    return result, log.bytes_read - sampled
+
+
+def test_stored_averages_among_the_targets_are_not_read_again(run: ObjectStore) -> None:
+    """Those of the last time come back bit for bit, out of the same pass."""
+    _, read = beyond_the_sample(run, [0.05, 0.07, 0.1])
+    assert read == 2 * TIMES * FILE, "each byte once"
 
 
 def test_snapshots_that_do_not_count_stay_where_they_are(run: ObjectStore) -> None:
-    store = SnapshotStore(run.at("/ema"))
-    store.list()
-    log = run.reset()
-    predict_error(store, 0.01)
-    sampled = log.bytes_read
-    log = run.reset()
-    used = np.count_nonzero(reconstruct(store, 0.01, slack=0.1).coefficients)
+    result, read = beyond_the_sample(run, 0.01, slack=0.1)
+    used = np.count_nonzero(result.coefficients)
     assert 1 < used < 2 * TIMES
-    assert log.bytes_read - sampled == used * FILE
+    assert read == used * FILE
 
 
 def test_many_lengths_by_pattern_take_no_more_requests(run: ObjectStore) -> None:
